@@ -1,0 +1,1 @@
+"""The wiring of one model: its graph, the attribution of every edge, and circuits."""

@@ -80,7 +80,11 @@ class ContrastPairs:
     def select(self, rows: Sequence[int] | slice | Int[Tensor, " row"]) -> "ContrastPairs":
         """The examples at the given rows, in that order, as a smaller record of the same width."""
         index = torch.arange(len(self))[rows] if isinstance(rows, slice) else torch.as_tensor(rows, dtype=torch.long)
-        taken = {f.name: value[index.to(value.device)] for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        taken = {
+            f.name: value[index.to(value.device)]
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
         return replace(self, **taken, ids=tuple(self.ids[int(i)] for i in index))
 
     def to(self, device: torch.device | str) -> "ContrastPairs":

@@ -56,7 +56,7 @@ class Fact:
 
     @property
     def entity(self) -> str:
-        """What the fact is grouped by when halves must not share an entity: `meta["entity"]`, the subject, or the id."""
+        """What halves that share nothing are split by: `meta["entity"]`, the subject, or the id."""
         return str(self.meta.get("entity") or self.subject or self.id)
 
     def to_dict(self) -> dict[str, Any]:

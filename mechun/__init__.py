@@ -1,0 +1,57 @@
+"""Mechanistic interpretability for machine unlearning: which facts resist, where they live, whether they are gone.
+
+Names are loaded on first use, so that `import mechun` costs nothing. The main job in three lines::
+
+    model = mechun.load_model("organism")
+    facts = mechun.load_facts("organism:forget")
+    difficulty = mechun.score_facts(model, facts, retain=mechun.load_facts("organism:retain"))
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mechun.data.facts import Fact, Facts
+    from mechun.data.sources import load_facts
+    from mechun.difficulty.scoring import score_facts
+    from mechun.models import LoadedModel, load_model
+    from mechun.reports.building import build_report
+    from mechun.reports.reading import read
+
+__version__ = version("mechun")
+
+_HOMES = {
+    "Fact": "mechun.data.facts",
+    "Facts": "mechun.data.facts",
+    "LoadedModel": "mechun.models",
+    "build_report": "mechun.reports.building",
+    "load_facts": "mechun.data.sources",
+    "load_model": "mechun.models",
+    "read": "mechun.reports.reading",
+    "score_facts": "mechun.difficulty.scoring",
+}
+
+__all__ = [
+    "Fact",
+    "Facts",
+    "LoadedModel",
+    "__version__",
+    "build_report",
+    "load_facts",
+    "load_model",
+    "read",
+    "score_facts",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mechun' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,126 @@
+"""The shell: `mechun score`, `validate`, `organism`, `show`, `methods`, `doctor`, `report`.
+
+A command is a thin function over the public ones; what it does, a notebook can do by the same calls. Commands import
+the heavy packages inside, so that `mechun --help` stays fast. Exit codes: 0 done, 1 fault, 2 usage, 3 the model or the
+data cannot be used, 4 finished but some facts were skipped, 130 interrupted and resumable.
+"""
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from mechun.cli.console import clean_text
+from mechun.cli.doctor import doctor
+from mechun.cli.methods import methods
+from mechun.cli.organism import organism
+from mechun.cli.report import report
+from mechun.cli.score import score
+from mechun.cli.show import show
+from mechun.cli.validate import validate
+from mechun.errors import MechunError, nearest
+
+app = typer.Typer(
+    name="mechun",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    suggest_commands=False,
+    help="Which facts resist unlearning, where they live, and whether they are gone.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (score, validate, report, show, methods, doctor):
+    app.command()(command)
+app.add_typer(organism, name="organism")
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        import mechun
+
+        print(mechun.__version__)  # noqa: T201 - the answer to the question
+        raise typer.Exit
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; errors become one line on stderr.
+
+    Example:
+        >>> main(["--version"])
+        0.1.0
+        0
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given or os.environ.get("MECHUN_DEBUG", "") not in ("", "0")
+    try:
+        with _plain_warnings():
+            code = app(args=given, prog_name="mechun", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("interrupted; the same command continues", prefix="")
+        return 130
+    except BrokenPipeError:
+        # the reader of the pipe has seen enough; keep the interpreter from complaining about it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as fault:
+        if debug:
+            traceback.print_exc(file=sys.stderr)
+        return _report_fault(fault)
+
+
+def _report_fault(fault: Exception) -> int:
+    if isinstance(fault, MechunError):
+        _complain(str(fault))
+        return fault.exit_code
+    if hasattr(fault, "format_message") and hasattr(fault, "exit_code"):  # a usage error of typer's
+        text = fault.format_message()
+        if text:
+            _complain(_name_nearest(fault, text))
+        else:  # no command at all: the help has been asked for
+            print(getattr(fault, "ctx").get_help() if getattr(fault, "ctx", None) else "", file=sys.stderr)  # noqa: B009, T201
+        return 2
+    hint = "a fault of the project; run again with --debug and report it"
+    _complain(f"{type(fault).__name__}: {fault} ({hint})")
+    return 1
+
+
+def _name_nearest(fault: Any, text: str) -> str:
+    typed = text.split("'")[1] if text.count("'") >= 2 else ""
+    if text.startswith("No such command") and typed:
+        return f"there is no command {typed!r} ({nearest(typed, fault.ctx.command.commands)})"
+    if text.startswith("No such option"):
+        typed = typed or text.split(":")[1].split()[0]
+        flags = [flag for parameter in fault.ctx.command.params for flag in parameter.opts if flag.startswith("--")]
+        return f"{fault.ctx.info_name} has no option {typed!r} ({nearest(typed, flags)})"
+    return text[0].lower() + text[1:]
+
+
+def _complain(text: str, prefix: str = "error: ") -> None:
+    print(prefix + clean_text(text), file=sys.stderr, flush=True)  # noqa: T201 - this is the door to the screen
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    shown: set[str] = set()
+
+    def show_once(message: Warning | str, *_: Any, **__: Any) -> None:
+        text = f"warning: {clean_text(str(message))}"
+        if text not in shown:
+            shown.add(text)
+            print(text, file=sys.stderr, flush=True)  # noqa: T201 - this is the door to the screen
+
+    before = warnings.showwarning
+    warnings.showwarning = show_once
+    try:
+        yield
+    finally:
+        warnings.showwarning = before

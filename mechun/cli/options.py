@@ -1,0 +1,130 @@
+"""The flags that commands share, each with its `MECHUN_*` twin, and how the wordy ones are read.
+
+A flag on the command line goes before its twin in the environment, that before the file given with `--config`, and that
+before the default.
+"""
+
+import json
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mechun.errors import DataError, UsageError, nearest
+
+OUTPUT_ONLY = ("out", "as_json", "fresh", "dry_run", "debug", "config", "rows")
+"""Parameters that say nothing about what is computed: a repeated run does not inherit them."""
+
+
+def _flag(name: str, text: str, **settings: Any) -> Any:
+    twin = "MECHUN_" + name.split("/")[0].removeprefix("--").replace("-", "_").upper()
+    return typer.Option(name, help=text, envvar=twin, show_envvar=False, **settings)
+
+
+def _load_config(context: typer.Context, path: Path | None) -> Path | None:
+    if path is None:
+        return None
+    known = {parameter.name for parameter in context.command.params}
+    chosen = read_config(path)
+    for name in chosen:
+        if name not in known:
+            raise UsageError(f"{path}: {context.info_name} has no option {name!r}", nearest(name, map(str, known)))
+    context.default_map = {**(context.default_map or {}), **chosen}
+    return path
+
+
+Model = Annotated[
+    str, _flag("--model", "organism, organism-llama, a local folder, or org/name[@rev].", metavar="MODEL")
+]
+Forget = Annotated[
+    str | None, _flag("--forget", "Facts to forget: a file, or org/name[@rev][:config][/split].", metavar="FACTS")
+]
+Retain = Annotated[str | None, _flag("--retain", "Facts that must survive; the same grammar.", metavar="FACTS")]
+Limit = Annotated[int | None, _flag("--limit", "Use the first so many facts.", min=1)]
+Device = Annotated[str, _flag("--device", "auto (cuda, else cpu), cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, _flag("--dtype", "auto, float32, bfloat16 or float16.")]
+BatchSize = Annotated[str, _flag("--batch-size", "auto, or facts per batch; halves when memory runs out.")]
+Seed = Annotated[int, _flag("--seed", "Decides every random choice.", min=0)]
+Out = Annotated[Path | None, _flag("--out", "Run folder [default: runs/COMMAND-MODEL-HASH].", metavar="FOLDER")]
+AsJson = Annotated[bool, _flag("--json", "One JSON object on stdout instead of the table.")]
+Columns = Annotated[
+    str | None, _flag("--columns", "Which column is which: prompt=question,answer=target.", metavar="PAIRS")
+]
+Fresh = Annotated[bool, _flag("--fresh", "Start over in a folder that holds a run.")]
+DryRun = Annotated[bool, _flag("--dry-run", "Say what it would cost; write nothing.")]
+Debug = Annotated[bool, _flag("--debug", "Show the traceback of an error.")]
+AnchorFile = Annotated[Path | None, _flag("--anchors", "Reuse the anchors of an earlier run.", metavar="FILE")]
+NoAnchors = Annotated[bool, _flag("--no-anchors", "Score only what needs no unlearning run.")]
+Preset = Annotated[str, _flag("--preset", "default, or paper (binary circuits of 75 edges, as published).")]
+Rows = Annotated[int, _flag("--rows", "Rows of the table at most.", min=0)]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="Options of an earlier run (its run.json) or of a TOML file; flags override.",
+        envvar="MECHUN_CONFIG",
+        show_envvar=False,
+        is_eager=True,
+        callback=_load_config,
+        metavar="FILE",
+    ),
+]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The options that a `run.json` or a TOML file holds, by parameter name.
+
+    Raises:
+        DataError: The file is missing or cannot be read.
+    """
+    if path.is_dir():
+        path = path / "run.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+        held = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except FileNotFoundError:
+        raise DataError(f"there is no file {str(path)!r}", "give the run.json of a run, or a TOML file") from None
+    except (OSError, ValueError) as fault:
+        raise DataError(f"{path} cannot be read: {fault}", "give the run.json of a run, or a TOML file") from None
+    options = held.get("options", held) if isinstance(held, dict) else {}
+    named = {str(name).replace("-", "_"): value for name, value in options.items()}
+    return {name: value for name, value in named.items() if name not in OUTPUT_ONLY and value is not None}
+
+
+def keep_options(context: typer.Context) -> dict[str, Any]:
+    """What a run folder remembers of the command line, so that `--config` can repeat it."""
+    return {
+        str(name): str(value) if isinstance(value, Path) else value
+        for name, value in context.params.items()
+        if name not in OUTPUT_ONLY
+    }
+
+
+def read_columns(text: str | None) -> dict[str, str] | None:
+    """The mapping that `--columns prompt=question,answer=target` spells."""
+    if not text:
+        return None
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    for field, sign, column in pairs:
+        if not (field.strip() and sign and column.strip()):
+            raise UsageError(f"--columns {text!r} cannot be read", "write prompt=question,answer=target")
+    return {field.strip(): column.strip() for field, _, column in pairs}
+
+
+def read_batch_size(text: str) -> int | None:
+    """The number that `--batch-size` gives; None for auto."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"--batch-size {text!r} is neither auto nor a number above 0")
+    return int(text)
+
+
+def choose(flag: str, value: str, valid: Iterable[str]) -> str:
+    """The value, if it is a valid one; otherwise an error that names the nearest."""
+    names = list(valid)
+    if value not in names:
+        raise UsageError(f"{flag} {value!r} is not known", nearest(value, names))
+    return value

@@ -1,0 +1,168 @@
+"""From the frames of a run to what a page shows: the charts, and the small tables and sentences beside them."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mechun import charts
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from circuits.scores import EdgeScores
+
+BANDS = ("easy", "middle", "hard")
+TITLES = {
+    "rank": "Rank",
+    "prompt": "Fact",
+    "answer": "Answer",
+    "subject": "Subject",
+    "relation": "Relation",
+    "band": "Band",
+    "score": "Score",
+    "circuit_depth": "Mean reading layer",
+    "circuit_reach": "Layers spanned by an edge",
+    "circuit_late": "Share into the last third",
+    "circuit_path": "Mean path length",
+    "circuit_longest": "Longest path",
+    "circuit_edges": "Edges after pruning",
+    "circuit_strength": "Sum of |edge score|",
+    "circuit_spread": "Effective number of edges",
+    "circuit_balance": "Net over absolute support",
+    "facts": "Facts",
+}
+"""Titles of the columns that need another than their own name."""
+HIDDEN = ("id", "split", "meta", "paraphrases", "alternatives", "neighbours", "foil", "subject", "entity")
+CIRCUIT_COLUMNS = tuple(name for name in TITLES if name.startswith("circuit_"))
+"""Columns of the scores that describe a fact's circuit rather than its score."""
+
+
+def name_column(name: str) -> str:
+    """The title of a column."""
+    return TITLES.get(name, name.replace("_", " ").capitalize())
+
+
+def name_columns(scores: "pd.DataFrame") -> dict[str, str]:
+    """Titles of the columns that the fact table shows, the text first."""
+    first = [name for name in ("rank", "prompt", "answer", "relation", "band", "score") if name in scores.columns]
+    others = [str(n) for n in scores.columns if n not in first and n not in HIDDEN and scores[n].notna().any()]
+    return {name: name_column(name) for name in (*first, *others)}
+
+
+def name_fact(row: "pd.Series") -> str:
+    """A fact in a sentence."""
+    text = f"{row['prompt']} {row['answer']}" if {"prompt", "answer"} <= set(row.index) else str(row["id"])
+    return f"“{text if len(text) <= 120 else text[:119] + '…'}”"
+
+
+def draw_scores(scores: "pd.DataFrame") -> str:
+    """Histogram of the score."""
+    values = scores["score"].dropna()
+    inside = bool(((values >= 0) & (values <= 1)).all())
+    return charts.draw_distribution(
+        scores,
+        "score",
+        title="Difficulty of the facts",
+        unit="score (higher is harder)",
+        span=(0.0, 1.0) if inside else None,
+    )
+
+
+def draw_layers(layers: "pd.DataFrame") -> str:
+    """Share of the edge scores by layer, easy beside hard."""
+    return charts.draw_groups(
+        layers,
+        x="layer",
+        value="share",
+        group="band",
+        title="Where the circuits start",
+        unit="share of |edge score|",
+        x_unit="source layer",
+    )
+
+
+def draw_signals(validation: "pd.DataFrame") -> str:
+    """Spearman of every signal with its interval, best first."""
+    return charts.draw_intervals(
+        validation.sort_values("spearman", ascending=False),
+        label="signal",
+        value="spearman",
+        low="low",
+        high="high",
+        title="Agreement with realised difficulty",
+        unit="Spearman correlation",
+    )
+
+
+def measure_layers(edges: "EdgeScores", bands: Mapping[str, str]) -> "pd.DataFrame":
+    """Mean share of a fact's absolute edge scores that leaves each layer, for the easy and the hard facts.
+
+    Args:
+        edges: Scores per example.
+        bands: Band of each example by id.
+
+    Returns:
+        Columns band, layer (the embedding is -1) and share; shares of a band sum to one.
+    """
+    import pandas as pd
+    import torch
+
+    layer_of_edge = edges.graph.writer_layer[edges.graph.edge_writer] + 1
+    weights = edges.values.abs().to(torch.float64).cpu()
+    shares = torch.zeros(len(weights), edges.graph.n_layers + 1, dtype=torch.float64)
+    shares.index_add_(1, layer_of_edge.cpu(), weights)
+    shares /= weights.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    rows = []
+    for band in ("easy", "hard"):
+        members = [row for row, name in enumerate(edges.ids) if bands.get(name) == band]
+        if members:
+            means = shares[members].mean(0).tolist()
+            rows += [{"band": band, "layer": layer - 1, "share": share} for layer, share in enumerate(means)]
+    return pd.DataFrame(rows, columns=["band", "layer", "share"])
+
+
+def summarise_bands(scores: "pd.DataFrame") -> "pd.DataFrame":
+    """Means of the circuit measures by band; without rows when there are none."""
+    import pandas as pd
+
+    columns = [name for name in CIRCUIT_COLUMNS if name in scores.columns and scores[name].notna().any()]
+    if not columns or "band" not in scores.columns:
+        return pd.DataFrame()
+    rows: list[dict[str, Any]] = []
+    for band in BANDS:
+        part = scores[scores["band"] == band]
+        if len(part):
+            rows.append({"band": band, "facts": len(part), **{name: float(part[name].mean()) for name in columns}})
+    return pd.DataFrame(rows)
+
+
+def word_contrast(scores: "pd.DataFrame") -> list[str]:
+    """The sentence that says how circuits of hard facts differ from those of easy ones."""
+    means = summarise_bands(scores)
+    if not len(means) or not {"easy", "hard"} <= set(means["band"]):
+        return []
+    table = means.set_index("band")
+    words = {
+        "circuit_depth": ("deeper", "shallower"),
+        "circuit_path": ("along longer paths", "along shorter paths"),
+    }
+    told = []
+    for name, (more, less) in words.items():
+        if name in table.columns:
+            easy, hard = float(table.loc["easy", name]), float(table.loc["hard", name])
+            told.append(f"{more if hard > easy else less} ({name_column(name).lower()} {hard:.2f} against {easy:.2f})")
+    return [f"Compared with easy facts, the circuits of hard ones work {' and '.join(told)}."] if told else []
+
+
+def list_settings(spec: Mapping[str, Any], prefix: str = "") -> "pd.DataFrame":
+    """The spec as rows of setting and value, dotted where it is nested."""
+    import pandas as pd
+
+    return pd.DataFrame(list(_flatten(spec, prefix)), columns=["setting", "value"])
+
+
+def _flatten(value: Mapping[str, Any], prefix: str) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, inner in value.items():
+        name = f"{prefix}{key}"
+        rows += _flatten(inner, f"{name}.") if isinstance(inner, Mapping) else [(name, str(inner))]
+    return rows

@@ -1,0 +1,244 @@
+"""What stands on the page: sections made of paragraphs, charts, tables and code, filled from the evidence of a run.
+
+A section is a function from `Evidence` to `Section`, or to None when the run has nothing to say on it. `SECTIONS` lists
+them in the order of the page: what was asked, the answer, then the grounds for it, then how it was made. Texts are
+written by the code from the numbers, and every string is escaped where the page is rendered, never here.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mechun.reports import figures
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a run left: its manifest and its frames.
+
+    Attributes:
+        name: The run folder's name.
+        manifest: What its `run.json` says.
+        frames: Tables by name: `scores` (one row per fact, hardest first), `layers`, `validation`, `skipped`, ...
+    """
+
+    name: str
+    manifest: Mapping[str, Any]
+    frames: Mapping[str, "pd.DataFrame"]
+
+    @property
+    def command(self) -> str:
+        """The command that made the run."""
+        return str(self.manifest.get("spec", {}).get("command", "run"))
+
+    @property
+    def spec(self) -> Mapping[str, Any]:
+        """What decided the result."""
+        return self.manifest.get("spec", {})
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Running text."""
+
+    text: str
+    style: str = ""
+    kind: str = "paragraph"
+
+
+@dataclass(frozen=True)
+class Code:
+    """Something to be typed or read as it is."""
+
+    text: str
+    kind: str = "code"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A picture, as an SVG string made by `mechun.charts`."""
+
+    svg: str
+    caption: str = ""
+    kind: str = "chart"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A frame with the titles of its columns.
+
+    Attributes:
+        frame: The rows, in the order in which they are read without scripts.
+        caption: What the table holds.
+        titles: Title of each column shown; the frame's other columns are left out.
+        sortable: Whether its heads are buttons.
+        band: Column by which it can be filtered.
+    """
+
+    frame: "pd.DataFrame"
+    caption: str
+    titles: Mapping[str, str]
+    sortable: bool = False
+    band: str = ""
+    kind: str = "table"
+
+
+Part = Paragraph | Code | Chart | Table
+
+
+@dataclass(frozen=True)
+class Section:
+    """A headed part of the page."""
+
+    title: str
+    anchor: str
+    parts: Sequence[Part] = field(default_factory=tuple)
+
+
+def describe_request(evidence: Evidence) -> Section | None:
+    """What was asked, and of which model."""
+    spec = evidence.spec
+    model, facts = spec.get("model", {}), spec.get("facts", {})
+    asked = {
+        "score": "Which of these facts will be hard to unlearn?",
+        "validate": "Does the score foretell which facts unlearning fails to remove?",
+    }.get(evidence.command, f"Result of mechun {evidence.command}")
+    of_what = f"Model: {_name(model)}. Facts: {_name(facts)}"
+    if facts.get("rows"):
+        of_what += f", {facts['rows']} of them"
+    parts: list[Part] = [Paragraph(asked, "lead"), Paragraph(f"{of_what}.")]
+    return Section("What was asked", "asked", parts)
+
+
+def state_answer(evidence: Evidence) -> Section | None:
+    """The answer in a few sentences, written from the numbers."""
+    sentences = [*_tell_scores(evidence), *_tell_circuits(evidence), *_tell_validation(evidence)]
+    skipped = evidence.frames.get("skipped")
+    if skipped is not None and len(skipped):
+        sentences.append(f"{len(skipped)} facts could not be scored; the reasons stand below.")
+    return Section("The answer", "answer", [Paragraph(" ".join(sentences), "lead")]) if sentences else None
+
+
+def show_distribution(evidence: Evidence) -> Section | None:
+    """How the scores are spread."""
+    scores = evidence.frames.get("scores")
+    if scores is None or not scores["score"].notna().any():
+        return None
+    caption = "The score orders facts: further right is harder to unlearn. Read ranks before distances."
+    parts: list[Part] = [Chart(figures.draw_scores(scores), caption)]
+    return Section("How difficulty is spread", "spread", parts)
+
+
+def list_facts(evidence: Evidence) -> Section | None:
+    """Every fact with its score and what the score is made of."""
+    scores = evidence.frames.get("scores")
+    if scores is None:
+        return None
+    titles = figures.name_columns(scores)
+    parts: list[Part] = [Table(scores, "Facts, hardest first", titles, True, "band")]
+    skipped = evidence.frames.get("skipped")
+    if skipped is not None and len(skipped):
+        parts.append(Table(skipped, "Facts that could not be scored", {"id": "Fact", "reason": "Reason"}))
+    return Section("The facts", "facts", parts)
+
+
+def compare_circuits(evidence: Evidence) -> Section | None:
+    """Circuits of easy facts against those of hard ones."""
+    scores, layers = evidence.frames.get("scores"), evidence.frames.get("layers")
+    if scores is None:
+        return None
+    signature = figures.summarise_bands(scores)
+    parts: list[Part] = []
+    if len(signature):
+        caption = "Circuits by band: mean over the band's facts (embedding = layer -1)"
+        parts.append(Table(signature, caption, {name: figures.name_column(name) for name in signature.columns}))
+    if layers is not None and len(layers):
+        caption = "Share of the absolute edge scores that leave each layer; the embedding is layer -1."
+        parts.append(Chart(figures.draw_layers(layers), caption))
+    if not parts:
+        return None
+    warning = "Circuits grown from the output favour late edges by construction: compare the bands with one another."
+    return Section("Easy against hard circuits", "circuits", [*parts, Paragraph(warning, "quiet")])
+
+
+def compare_signals(evidence: Evidence) -> Section | None:
+    """How well each signal foretells realised difficulty."""
+    frame = evidence.frames.get("validation")
+    if frame is None or not len(frame):
+        return None
+    caption = "Spearman correlation with realised difficulty on held-out facts; whiskers are bootstrap intervals."
+    titles = {str(name): figures.name_column(str(name)) for name in frame.columns}
+    parts: list[Part] = [Table(frame, "Signals, best first", titles, True)]
+    if {"signal", "spearman", "low", "high"} <= set(frame.columns):
+        parts.insert(0, Chart(figures.draw_signals(frame), caption))
+    return Section("Which signals foretell it", "signals", parts)
+
+
+def tell_method(evidence: Evidence) -> Section | None:
+    """How it was made: settings, versions, seeds, and the command that repeats it."""
+    manifest = evidence.manifest
+    settings = figures.list_settings(evidence.spec)
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items())
+    parts: list[Part] = [
+        Code(str(manifest.get("command", f"mechun {evidence.command}"))),
+        Table(settings, "Settings that decide the result", {"setting": "Setting", "value": "Value"}),
+        Paragraph(f"Versions: python {manifest.get('python', '?')}, {versions}.", "quiet"),
+        Paragraph(_tell_origin(manifest), "quiet"),
+    ]
+    return Section("How it was made", "method", parts)
+
+
+SECTIONS: tuple[Callable[[Evidence], Section | None], ...] = (
+    describe_request,
+    state_answer,
+    compare_signals,
+    show_distribution,
+    list_facts,
+    compare_circuits,
+    tell_method,
+)
+"""The page from top to bottom."""
+
+
+def _tell_scores(evidence: Evidence) -> list[str]:
+    scores = evidence.frames.get("scores")
+    if scores is None or not scores["score"].notna().any():
+        return []
+    known = scores[scores["score"].notna()].sort_values("score")
+    low, middle, high = (float(known["score"].quantile(q)) for q in (0.0, 0.5, 1.0))
+    first, last = figures.name_fact(known.iloc[-1]), figures.name_fact(known.iloc[0])
+    return [
+        f"The score of {len(known)} facts runs from {low:.2f} to {high:.2f}, with the middle at {middle:.2f}.",
+        f"Hardest to unlearn should be {first}; easiest, {last}.",
+    ]
+
+
+def _tell_circuits(evidence: Evidence) -> list[str]:
+    scores = evidence.frames.get("scores")
+    if scores is None:
+        return []
+    return figures.word_contrast(scores)
+
+
+def _tell_validation(evidence: Evidence) -> list[str]:
+    frame = evidence.frames.get("validation")
+    if frame is None or not {"signal", "spearman", "low", "high"} <= set(frame.columns) or not len(frame):
+        return []
+    best = frame.sort_values("spearman", ascending=False).iloc[0]
+    told = f"The signal that foretells realised difficulty best is {best['signal']}, with a held-out Spearman of "
+    return [f"{told}{best['spearman']:+.2f} (interval {best['low']:+.2f} to {best['high']:+.2f})."]
+
+
+def _tell_origin(manifest: Mapping[str, Any]) -> str:
+    revision = str(manifest.get("revision") or "")[:12]
+    when = (
+        f"Started {manifest.get('started', '?')}, finished {manifest.get('finished', '?')}, {manifest.get('status')}."
+    )
+    return f"{when} Run {manifest.get('hash', '?')}" + (f", revision {revision}." if revision else ".")
+
+
+def _name(described: Any) -> str:
+    return str(described.get("name", "?")) if isinstance(described, Mapping) else str(described)

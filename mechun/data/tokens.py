@@ -84,7 +84,7 @@ def tokenize_questions(questions: Sequence[Question], tokenizer: Any, *, chat: b
             encoded["offset_mapping"][row],
             [bool(flag) for flag in encoded["special_tokens_mask"][row]],
             (len(prompts[row]), len(texts[row]) - len(question.answer)),
-            find_subject(prompts[row], question.subject),
+            widen_span(prompts[row], find_subject(prompts[row], question.subject)),
         )
         for row, question in enumerate(questions)
     ]
@@ -111,6 +111,13 @@ def find_subject(prompt: str, subject: str | None) -> tuple[int, int] | None:
     if start < 0 and len(prompt.lower()) == len(prompt):
         start = prompt.lower().rfind(subject.lower())
     return (start, start + len(subject)) if start >= 0 else None
+
+
+def widen_span(text: str, span: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The span with the space before it, which most tokenizers make part of the word; a lone space is a token of it."""
+    if span and span[0] and text[span[0] - 1] == " ":
+        return (span[0] - 1, span[1])
+    return span
 
 
 def split_by_offsets(

@@ -201,7 +201,7 @@ def select_edges(
 
     Example:
         >>> select_edges(torch.ones(8), Graph(1, 1, 1), n=8).n_edges
-    8
+        8
     """
     if values.isnan().any():
         raise ValueError(f"{int(values.isnan().sum())} of {len(values)} edge scores are NaN")

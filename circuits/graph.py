@@ -244,7 +244,7 @@ class Graph:
 
         Example:
             >>> Graph(1, 1, 1).index("input->m0")
-            4
+            3
         """
         writer, arrow, reader = name.partition("->")
         writers, readers = self._places

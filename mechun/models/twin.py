@@ -36,9 +36,12 @@ def boot_bridge(model: PreTrainedModel, tokenizer: Any) -> tuple[Any, bool]:
     own_tokenizer = copy.deepcopy(tokenizer)
     # Anything else makes the bridge load another tokenizer from the disk or the hub.
     own_tokenizer.init_kwargs = {**own_tokenizer.init_kwargs, "name_or_path": "local", "add_bos_token": True}
+    twin = share_twin(model)
+    # A model made from a configuration does not name its class there, and the bridge goes by that name.
+    twin.config.architectures = [type(model).__name__]
     bridge = TransformerBridge.boot_transformers(
         "local",
-        hf_model=share_twin(model),
+        hf_model=twin,
         tokenizer=own_tokenizer,
         device=str(model.device),
         dtype=model.dtype,

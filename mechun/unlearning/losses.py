@@ -1,0 +1,123 @@
+"""How firmly a model holds facts: the log-probability of every answer token, teacher forced.
+
+The loss of a fact is the mean negative log-probability of its answer's tokens. Prompt and padding never count. Logits
+are computed only from the token before the first answer of a batch on, and in float32 whatever the model's type.
+
+Trap: models with learned positions number padded rows wrongly when left to themselves; positions are always given.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mechun.data.encoding import Encoded
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some encoded facts, cut to the longest of them, on the model's device.
+
+    Attributes:
+        ids: Token ids, padded on the right.
+        mask: True on real tokens.
+        answer_mask: True on the answer's tokens.
+    """
+
+    ids: Int[Tensor, "example pos"]
+    mask: Bool[Tensor, "example pos"]
+    answer_mask: Bool[Tensor, "example pos"]
+
+    @property
+    def predictor_mask(self) -> Bool[Tensor, "example pos"]:
+        """True where the next token is an answer token: the positions whose output decides the answer."""
+        return torch.cat([self.answer_mask[:, 1:], torch.zeros_like(self.answer_mask[:, :1])], dim=1)
+
+    @property
+    def inputs(self) -> dict[str, Tensor | bool]:
+        """What a Hugging Face model is called with."""
+        positions = (self.mask.long().cumsum(1) - 1).clamp(min=0)
+        return {
+            "input_ids": self.ids,
+            "attention_mask": self.mask.long(),
+            "position_ids": positions,
+            "use_cache": False,
+        }
+
+
+def take_batch(encoded: Encoded, rows: Int[Tensor, " example"], device: torch.device | str = "cpu") -> Batch:
+    """The given rows as a batch no wider than its longest row."""
+    width = int(encoded.mask[rows].sum(1).max())
+    parts = (encoded.ids, encoded.mask, encoded.answer_mask)
+    return Batch(*(part[rows, :width].to(device) for part in parts))
+
+
+def compute_log_probs(
+    hf: PreTrainedModel, batch: Batch
+) -> tuple[Float[Tensor, "example span"], Bool[Tensor, "example span"]]:
+    """Log-probability of each token from the batch's first answer token on, and which of them are answer tokens.
+
+    Gradients flow if they are enabled. Entries outside the answer are 0.
+    """
+    logits, targets, members = _answer_logits(hf, batch)
+    log_probs = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    return log_probs.masked_fill(~members, 0.0), members
+
+
+def compute_losses(hf: PreTrainedModel, batch: Batch) -> Float[Tensor, " example"]:
+    """Mean negative log-probability of each fact's answer tokens, in nats per token."""
+    log_probs, members = compute_log_probs(hf, batch)
+    return -log_probs.sum(1) / members.sum(1)
+
+
+@dataclass(frozen=True)
+class Recall:
+    """What one forward pass tells about facts.
+
+    Attributes:
+        loss: Mean negative log-probability of the answer's tokens.
+        hits: Share of answer tokens that are the model's first choice.
+        tail: Share of the answer that a greedy continuation gets right when the part before it is given: the longest
+            right end of the answer over its length (extraction strength).
+    """
+
+    loss: Float[Tensor, " example"]
+    hits: Float[Tensor, " example"]
+    tail: Float[Tensor, " example"]
+
+
+@torch.no_grad()
+def measure_recall(hf: PreTrainedModel, encoded: Encoded, *, batch_size: int = 64) -> Recall:
+    """Loss and greedy recall of every encoded fact, in their order; one forward pass each."""
+    device = next(hf.parameters()).device
+    parts = []
+    for rows in torch.arange(len(encoded.facts)).split(batch_size):
+        logits, targets, members = _answer_logits(hf, take_batch(encoded, rows, device))
+        log_probs = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0].masked_fill(~members, 0.0)
+        right = (logits.argmax(-1) == targets) | ~members
+        # Answers end at different columns; columns after an answer count as right, so a run of right tokens that
+        # reaches the end of the batch reaches the end of the answer.
+        run = right.flip(1).long().cumprod(1).flip(1).bool() & members
+        sizes = members.sum(1)
+        parts.append(torch.stack([-log_probs.sum(1) / sizes, (right & members).sum(1) / sizes, run.sum(1) / sizes]))
+    return Recall(*(torch.cat(parts, dim=1).cpu() if parts else torch.zeros(3, 0)))
+
+
+@torch.no_grad()
+def measure_losses(hf: PreTrainedModel, encoded: Encoded, *, batch_size: int = 64) -> Float[Tensor, " example"]:
+    """Loss of every encoded fact, in their order; one forward pass each."""
+    device = next(hf.parameters()).device
+    rows = torch.arange(len(encoded.facts)).split(batch_size) if len(encoded.facts) else ()
+    losses = [compute_losses(hf, take_batch(encoded, part, device)).cpu() for part in rows]
+    return torch.cat(losses) if losses else torch.zeros(0)
+
+
+def _answer_logits(
+    hf: PreTrainedModel, batch: Batch
+) -> tuple[Float[Tensor, "example span d_vocab"], Int[Tensor, "example span"], Bool[Tensor, "example span"]]:
+    first = int(batch.answer_mask.any(0).long().argmax())
+    kept = batch.ids.shape[1] - first + 1
+    logits = hf(**batch.inputs, logits_to_keep=kept).logits[:, -kept:-1].float()
+    return logits, batch.ids[:, first:], batch.answer_mask[:, first:]

@@ -1,7 +1,8 @@
 """The memory of a job: a folder that says what it holds, how that was made, and how far it came.
 
 A run folder has a manifest, `run.json` (the spec and its hash, versions, fingerprints, seed, command, status), the
-finished results, and `chunks/`, the parts that are done. Every file is written beside its place and renamed, so that a
+finished results, and the parts that are done: `chunks/`, dropped once they are joined, and `labels/`, the dear ones
+that other runs may use too. Every file is written beside its place and renamed, so that a
 file that exists is whole. A run with the same spec continues where the last one stopped; a run with another spec is
 refused and told what differs. What does not change the result (batch size, number of processes, output) is no part
 of the spec.
@@ -31,6 +32,8 @@ from mechun.errors import RunError
 
 MANIFEST = "run.json"
 CHUNKS = "chunks"
+LABELS = "labels"
+PARTS = (CHUNKS, LABELS)
 PACKAGES = ("mechun", "torch", "transformers", "transformer-lens", "sae-lens", "numpy", "pandas", "pyarrow", "scipy")
 
 
@@ -170,12 +173,8 @@ class Run:
         return self.manifest["status"]
 
     def has(self, name: str) -> bool:
-        """Whether the file, or the chunk `chunks/...`, is there and whole."""
+        """Whether the file is there, and so whole; parts are named with their folder, `chunks/...`."""
         return (self.folder / name).exists()
-
-    def chunk(self, name: str) -> Path:
-        """Where a chunk of this name lies."""
-        return self.folder / CHUNKS / name
 
     def record(self, **details: Any) -> None:
         """Add to the manifest."""
@@ -186,11 +185,12 @@ class Run:
         """A path to write to; what was written appears under its name only when the block ends well."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
+        files = self.manifest.get("files", [])
+        if name.split("/")[0] not in PARTS and name not in files:
+            # before the file itself, so that starting over never overlooks one
+            self._write(files=[*files, name])
         with _beside(path) as draft:
             yield draft
-        files = self.manifest.setdefault("files", [])
-        if not name.startswith(CHUNKS) and name not in files:
-            files.append(name)
 
     def save_json(self, name: str, value: Any) -> Path:
         """Write plain JSON values."""
@@ -237,14 +237,14 @@ def run_chunks(
 
     Args:
         run: The run that holds the chunks.
-        names: File names of the chunks, in a fixed order that is the same in every process.
+        names: Files of the parts, such as `chunks/0.parquet`, in an order that is the same in every process.
         work: Called with the position of a chunk and the path to write it to.
         progress: Called with the number of chunks that are done and the number of all.
     """
     for position, name in enumerate(names):
         mine = position % run.workers.world == run.workers.rank
-        if mine and not run.chunk(name).exists():
-            with run.writing(f"{CHUNKS}/{name}") as path:
+        if mine and not run.has(name):
+            with run.writing(name) as path:
                 work(position, path)
         if progress and mine:
             progress(position + 1, len(names))
@@ -307,7 +307,8 @@ def _clear(folder: Path) -> None:
         path = (folder / name).resolve()
         if path.is_relative_to(folder.resolve()):
             path.unlink(missing_ok=True)
-    shutil.rmtree(folder / CHUNKS, ignore_errors=True)
+    for part in PARTS:
+        shutil.rmtree(folder / part, ignore_errors=True)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

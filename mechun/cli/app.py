@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mechun.cli import options
 from mechun.cli.console import clean_text
 from mechun.cli.doctor import doctor
 from mechun.cli.methods import methods
@@ -23,7 +24,7 @@ from mechun.cli.report import report
 from mechun.cli.score import score
 from mechun.cli.show import show
 from mechun.cli.validate import validate
-from mechun.errors import MechunError, nearest
+from mechun.errors import MechunError, UsageError, nearest
 
 app = typer.Typer(
     name="mechun",
@@ -31,6 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     suggest_commands=False,
+    rich_markup_mode=None,
     help="Which facts resist unlearning, where they live, and whether they are gone.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -39,15 +41,22 @@ for command in (score, validate, report, show, methods, doctor):
 app.add_typer(organism, name="organism")
 
 
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(asked: bool) -> bool:
+    if asked:
         import mechun
 
         print(mechun.__version__)  # noqa: T201 - the answer to the question
         raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _root(
+    version: Annotated[  # noqa: ARG001 - its callback answers
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in given or os.environ.get("MECHUN_DEBUG", "") not in ("", "0")
     try:
         with _plain_warnings():
-            code = app(args=given, prog_name="mechun", standalone_mode=False)
+            code = app(args=given, prog_name="mechun", standalone_mode=False, default_map=_read_defaults(given))
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         _complain("interrupted; the same command continues", prefix="")
@@ -74,17 +83,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as fault:
         if debug:
             traceback.print_exc(file=sys.stderr)
-        return _report_fault(fault)
+        return _report_fault(fault, given)
 
 
-def _report_fault(fault: Exception) -> int:
+def _read_defaults(given: Sequence[str]) -> dict[str, dict[str, Any]]:
+    path = options.find_config(given)
+    if path is None:
+        return {}
+    commands: Any = getattr(typer.main.get_command(app), "commands")  # noqa: B009 - typer's own type does not tell
+    if not given or given[0] not in commands:
+        return {}
+    chosen = options.read_config(path)
+    known = [str(parameter.name) for parameter in commands[given[0]].params]
+    for name in chosen:
+        if name not in known:
+            raise UsageError(f"{path}: {given[0]} has no option {name!r}", nearest(name, known))
+    return {given[0]: chosen}
+
+
+def _report_fault(fault: Exception, given: Sequence[str]) -> int:
     if isinstance(fault, MechunError):
         _complain(str(fault))
         return fault.exit_code
     if hasattr(fault, "format_message") and hasattr(fault, "exit_code"):  # a usage error of typer's
         text = fault.format_message()
         if text:
-            _complain(_name_nearest(fault, text))
+            _complain(_name_nearest(fault, text, given))
         else:  # no command at all: the help has been asked for
             print(getattr(fault, "ctx").get_help() if getattr(fault, "ctx", None) else "", file=sys.stderr)  # noqa: B009, T201
         return 2
@@ -93,7 +117,7 @@ def _report_fault(fault: Exception) -> int:
     return 1
 
 
-def _name_nearest(fault: Any, text: str) -> str:
+def _name_nearest(fault: Any, text: str, given: Sequence[str]) -> str:
     typed = text.split("'")[1] if text.count("'") >= 2 else ""
     if text.startswith("No such command") and typed:
         return f"there is no command {typed!r} ({nearest(typed, fault.ctx.command.commands)})"
@@ -101,7 +125,10 @@ def _name_nearest(fault: Any, text: str) -> str:
         typed = typed or text.split(":")[1].split()[0]
         flags = [flag for parameter in fault.ctx.command.params for flag in parameter.opts if flag.startswith("--")]
         return f"{fault.ctx.info_name} has no option {typed!r} ({nearest(typed, flags)})"
-    return text[0].lower() + text[1:]
+    flags = getattr(getattr(fault, "param", None), "opts", [])
+    typed = next((value for flag, value in zip(given, given[1:], strict=False) if flag in flags), "")
+    told = text.replace("Invalid value for", f"{typed!r} is not valid for") if typed else text
+    return told[0].lower() + told[1:]
 
 
 def _complain(text: str, prefix: str = "error: ") -> None:

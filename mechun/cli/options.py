@@ -5,8 +5,9 @@ before the default.
 """
 
 import json
+import os
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,18 +22,6 @@ OUTPUT_ONLY = ("out", "as_json", "fresh", "dry_run", "debug", "config", "rows")
 def _flag(name: str, text: str, **settings: Any) -> Any:
     twin = "MECHUN_" + name.split("/")[0].removeprefix("--").replace("-", "_").upper()
     return typer.Option(name, help=text, envvar=twin, show_envvar=False, **settings)
-
-
-def _load_config(context: typer.Context, path: Path | None) -> Path | None:
-    if path is None:
-        return None
-    known = {parameter.name for parameter in context.command.params}
-    chosen = read_config(path)
-    for name in chosen:
-        if name not in known:
-            raise UsageError(f"{path}: {context.info_name} has no option {name!r}", nearest(name, map(str, known)))
-    context.default_map = {**(context.default_map or {}), **chosen}
-    return path
 
 
 Model = Annotated[
@@ -61,16 +50,27 @@ Preset = Annotated[str, _flag("--preset", "default, or paper (binary circuits of
 Rows = Annotated[int, _flag("--rows", "Rows of the table at most.", min=0)]
 Config = Annotated[
     Path | None,
-    typer.Option(
-        "--config",
-        help="Options of an earlier run (its run.json) or of a TOML file; flags override.",
-        envvar="MECHUN_CONFIG",
-        show_envvar=False,
-        is_eager=True,
-        callback=_load_config,
-        metavar="FILE",
-    ),
+    _flag("--config", "Options of an earlier run (its run.json) or of a TOML file; flags override.", metavar="FILE"),
 ]
+Set = Annotated[
+    list[str] | None,
+    _flag("--set", "Any other setting, such as folds=3 or methods=npo,rmu; may be repeated.", metavar="NAME=VALUE"),
+]
+By = Annotated[str, _flag("--by", "The signal that becomes the score; see `mechun methods signals`.")]
+
+
+def find_config(arguments: Sequence[str]) -> Path | None:
+    """The file that `--config` or its twin names.
+
+    It is read before the command line is parsed, because it supplies the defaults of the other flags.
+    """
+    for position, argument in enumerate(arguments):
+        if argument == "--config" and position + 1 < len(arguments):
+            return Path(arguments[position + 1])
+        if argument.startswith("--config="):
+            return Path(argument.partition("=")[2])
+    named = os.environ.get("MECHUN_CONFIG")
+    return Path(named) if named else None
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -93,13 +93,43 @@ def read_config(path: Path) -> dict[str, Any]:
     return {name: value for name, value in named.items() if name not in OUTPUT_ONLY and value is not None}
 
 
-def keep_options(context: typer.Context) -> dict[str, Any]:
+def keep_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """What a run folder remembers of the command line, so that `--config` can repeat it."""
     return {
-        str(name): str(value) if isinstance(value, Path) else value
-        for name, value in context.params.items()
-        if name not in OUTPUT_ONLY
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in given.items()
+        if name not in OUTPUT_ONLY and value is not None
     }
+
+
+def read_settings(pairs: Sequence[str] | None) -> dict[str, Any]:
+    """The settings that `--set NAME=VALUE` changes, read by the type of the field.
+
+    Raises:
+        UsageError: A pair has no `=`, no setting has that name, or the value does not fit it.
+    """
+    from mechun.difficulty.settings import Settings
+
+    default, changes = Settings(), {}
+    for pair in pairs or ():
+        name, sign, text = pair.partition("=")
+        name = name.strip().replace("-", "_")
+        if not sign or not hasattr(default, name):
+            raise UsageError(f"--set {pair!r} names no setting", nearest(name, default.to_dict(), "settings"))
+        try:
+            changes[name] = _read_value(text.strip(), getattr(default, name), name)
+        except ValueError:
+            raise UsageError(f"--set {pair!r}: {text!r} does not fit {name}") from None
+    return changes
+
+
+def _read_value(text: str, example: Any, name: str) -> Any:
+    if isinstance(example, tuple):
+        kind = type(example[0])
+        return tuple(kind(part.strip()) for part in text.split(","))
+    if example is None:
+        return float(text) if name == "lr" else int(text)
+    return type(example)(text)
 
 
 def read_columns(text: str | None) -> dict[str, str] | None:

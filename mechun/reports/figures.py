@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from circuits.scores import EdgeScores
 
-BANDS = ("easy", "middle", "hard")
+BANDS = ("easy", "medium", "hard")
 TITLES = {
     "rank": "Rank",
     "prompt": "Fact",
@@ -29,9 +29,18 @@ TITLES = {
     "circuit_spread": "Effective number of edges",
     "circuit_balance": "Net over absolute support",
     "facts": "Facts",
+    "rho": "Spearman",
+    "partial": "Given loss and length",
+    "seconds_per_fact": "Seconds per fact",
+    "median_rise": "Median rise of the loss",
+    "retained": "Retained facts still right",
+    "reliability": "Repeats from seed to seed",
 }
 """Titles of the columns that need another than their own name."""
 HIDDEN = ("id", "split", "meta", "paraphrases", "alternatives", "neighbours", "foil", "subject", "entity")
+POOLED = "pooled"
+COMBINED = ("calibrated", "circuit_fit", "cud_shuffled", "entity_rank")
+"""Rows of a validation that are no single signal known before unlearning the facts themselves."""
 CIRCUIT_COLUMNS = tuple(name for name in TITLES if name.startswith("circuit_"))
 """Columns of the scores that describe a fact's circuit rather than its score."""
 
@@ -83,14 +92,25 @@ def draw_layers(layers: "pd.DataFrame") -> str:
 def draw_signals(validation: "pd.DataFrame") -> str:
     """Spearman of every signal with its interval, best first."""
     return charts.draw_intervals(
-        validation.sort_values("spearman", ascending=False),
-        label="signal",
-        value="spearman",
+        validation[validation["target"] == POOLED].sort_values("rho", ascending=False),
+        label="title",
+        value="rho",
         low="low",
         high="high",
         title="Agreement with realised difficulty",
-        unit="Spearman correlation",
+        unit="Spearman correlation, held out",
     )
+
+
+def tabulate_targets(validation: "pd.DataFrame") -> "pd.DataFrame":
+    """One row per signal, best first: its Spearman with the pooled label and its interval, then with each method's."""
+    pooled = validation[validation["target"] == POOLED].sort_values("rho", ascending=False)
+    kept = [name for name in ("signal", "title", "rho", "low", "high", "partial", "seconds_per_fact") if name in pooled]
+    table = pooled[kept].copy()
+    for target, part in validation.groupby("target", sort=False):
+        if target != POOLED:
+            table[str(target)] = table["signal"].map(part.set_index("signal")["rho"])
+    return table.reset_index(drop=True)
 
 
 def measure_layers(edges: "EdgeScores", bands: Mapping[str, str]) -> "pd.DataFrame":

@@ -54,8 +54,10 @@ def gather_evidence(folder: str | Path) -> Evidence:
             f"{run.folder} has no result yet (it is {run.status})", "run the same command again to finish it"
         )
     if "scores" in frames:
-        frames["scores"] = _add_texts(run, frames["scores"])
+        frames["scores"] = frames["scores"].sort_values("rank", ignore_index=True)
         frames |= _read_layers(run, frames["scores"])
+    if "validation" in frames:
+        frames |= _read_labels(run)
     return Evidence(run.folder.resolve().name, run.manifest, frames)
 
 
@@ -94,11 +96,20 @@ class _Collector(HTMLParser):
         self._name = None if tag == "script" else self._name
 
 
-def _add_texts(run: Run, scores: "pd.DataFrame") -> "pd.DataFrame":
-    if "prompt" in scores.columns or not run.has("facts.jsonl"):
-        return scores
-    facts = _read_facts(run.folder / "facts.jsonl").to_frame()[["id", "prompt", "answer", "relation"]]
-    return scores.merge(facts, on="id", how="left")
+def _read_labels(run: Run) -> dict[str, "pd.DataFrame"]:
+    import pandas as pd
+
+    meta = _read_validation(run).meta
+    rows = [
+        {
+            "label": label,
+            "reliability": value,
+            "retained": meta.get("retained", {}).get(label),
+            "median_rise": meta.get("median_rise", {}).get(label),
+        }
+        for label, value in meta.get("reliability", {}).items()
+    ]
+    return {"labels": pd.DataFrame(rows)} if rows else {}
 
 
 def _read_layers(run: Run, scores: "pd.DataFrame") -> dict[str, "pd.DataFrame"]:
@@ -124,15 +135,15 @@ def _read_run(run: Run) -> Any:
 
 
 def _read_difficulty(run: Run) -> Any:
-    from mechun.difficulty.scoring import Difficulty
+    from mechun.difficulty.table import Difficulty
 
-    return Difficulty.load(run.folder)
+    return Difficulty.load(run.folder / "scores.parquet")
 
 
 def _read_validation(run: Run) -> Any:
-    from mechun.difficulty.validation import Validation
+    from mechun.difficulty.verdict import Validation
 
-    return Validation.load(run.folder)
+    return Validation.load(run.folder / "validation.parquet")
 
 
 def _read_frame(path: Path) -> "pd.DataFrame":

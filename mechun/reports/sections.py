@@ -169,11 +169,20 @@ def compare_signals(evidence: Evidence) -> Section | None:
     frame = evidence.frames.get("validation")
     if frame is None or not len(frame):
         return None
-    caption = "Spearman correlation with realised difficulty on held-out facts; whiskers are bootstrap intervals."
-    titles = {str(name): figures.name_column(str(name)) for name in frame.columns}
-    parts: list[Part] = [Table(frame, "Signals, best first", titles, True)]
-    if {"signal", "spearman", "low", "high"} <= set(frame.columns):
-        parts.insert(0, Chart(figures.draw_signals(frame), caption))
+    caption = (
+        "Spearman correlation with realised difficulty, methods' ranks averaged, on facts whose entities the anchors "
+        "have not seen; whiskers are 95% bootstrap intervals over entities. The shuffled control should be near zero."
+    )
+    table = figures.tabulate_targets(frame)
+    titles = {name: figures.name_column(name) for name in map(str, table.columns) if name != "signal"}
+    parts: list[Part] = [
+        Chart(figures.draw_signals(frame), caption),
+        Table(table, "Signals, best first: pooled label with its interval, then each method's own", titles, True),
+    ]
+    labels = evidence.frames.get("labels")
+    if labels is not None:
+        caption = "The labels themselves: no signal can agree with a label much better than the label repeats itself"
+        parts.append(Table(labels, caption, {name: figures.name_column(name) for name in map(str, labels.columns)}))
     return Section("Which signals foretell it", "signals", parts)
 
 
@@ -225,11 +234,17 @@ def _tell_circuits(evidence: Evidence) -> list[str]:
 
 def _tell_validation(evidence: Evidence) -> list[str]:
     frame = evidence.frames.get("validation")
-    if frame is None or not {"signal", "spearman", "low", "high"} <= set(frame.columns) or not len(frame):
+    if frame is None or not len(frame):
         return []
-    best = frame.sort_values("spearman", ascending=False).iloc[0]
-    told = f"The signal that foretells realised difficulty best is {best['signal']}, with a held-out Spearman of "
-    return [f"{told}{best['spearman']:+.2f} (interval {best['low']:+.2f} to {best['high']:+.2f})."]
+    table = figures.tabulate_targets(frame)
+    single = table[~table["signal"].isin(figures.COMBINED)]
+    told = [
+        f"{row['title']} reaches a held-out Spearman of {row['rho']:+.2f} (95% interval {row['low']:+.2f} to "
+        f"{row['high']:+.2f})."
+        for _, row in table[table["signal"].isin(("cud", "calibrated"))].iterrows()
+    ]
+    best = f"{single['title'].iloc[0]} ({single['rho'].iloc[0]:+.2f})"
+    return [*told, f"The single signal that foretells realised difficulty best is: {best}."]
 
 
 def _tell_origin(manifest: Mapping[str, Any]) -> str:

@@ -23,8 +23,8 @@ def fill(run: Run, stop_at: int | None = None) -> list[int]:
         done.append(position)
         pd.DataFrame({"value": [position * 1.5]}).to_parquet(path, index=False)
 
-    run_chunks(run, [f"part-{n}.parquet" for n in range(5)], work)
-    parts = [pd.read_parquet(run.chunk(f"part-{n}.parquet")) for n in range(5)]
+    run_chunks(run, [f"chunks/{n}.parquet" for n in range(5)], work)
+    parts = [run.load_frame(f"chunks/{n}.parquet") for n in range(5)]
     run.save_frame("all.parquet", pd.concat(parts, ignore_index=True))
     return done
 
@@ -78,7 +78,7 @@ def test_fresh_drops_the_run_and_nothing_else(tmp_path):
         fill(run)
     (tmp_path / "mine.txt").write_text("keep")
     with Run.open(tmp_path, {**SPEC, "seed": 1}, fresh=True) as run:
-        assert not run.has("all.parquet") and not run.chunk("part-0.parquet").exists()
+        assert not run.has("all.parquet") and not run.has("chunks/0.parquet")
     assert (tmp_path / "mine.txt").read_text() == "keep"
     assert Run.load(tmp_path).spec["seed"] == 1
 
@@ -134,7 +134,7 @@ def test_identity_ignores_the_order_of_keys():
 
 def test_each_process_fills_its_own_chunks(tmp_path):
     first, second = Workers(0, 2), Workers(1, 2)
-    names = [f"{n}.json" for n in range(5)]
+    names = [f"labels/{n}.json" for n in range(5)]
 
     def write(_: int, path: Path) -> None:
         path.write_text("1")
@@ -145,9 +145,9 @@ def test_each_process_fills_its_own_chunks(tmp_path):
 
     run = Run.open(tmp_path, SPEC)
     run_chunks(Run(run.folder, run.manifest, Apart(1, 2)), names, write)
-    assert [run.chunk(n).exists() for n in names] == [False, True, False, True, False]
+    assert [run.has(n) for n in names] == [False, True, False, True, False]
     run_chunks(Run(run.folder, run.manifest, Apart(0, 2)), names, write)
-    assert all(run.chunk(n).exists() for n in names)
+    assert all(run.has(n) for n in names)
     assert first.first and not second.first
 
 

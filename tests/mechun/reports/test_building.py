@@ -24,7 +24,7 @@ def make_scores(n: int = 30) -> pd.DataFrame:
             "prompt": f"Person {i} lives in",
             "answer": f"Town {i}",
             "score": 1 - i / n if i != 5 else float("nan"),
-            "band": ("hard", "middle", "easy")[3 * i // n],
+            "band": ("hard", "medium", "easy")[3 * i // n],
             "circuit_depth": 3.0 - i / n,
             "circuit_path": 4.0 - i / n,
         }
@@ -140,10 +140,17 @@ def test_two_runs_on_one_page_have_distinct_ids():
 
 
 def test_validation_is_told_with_its_interval():
-    frame = pd.DataFrame({"signal": ["cud", "loss"], "spearman": [0.2, 0.4], "low": [0.0, 0.3], "high": [0.3, 0.5]})
-    evidence = Evidence("v", {"spec": {"command": "validate"}, "status": "done"}, {"validation": frame})
-    text = render_page([evidence])
-    assert "best is loss, with a held-out Spearman of +0.40 (interval +0.30 to +0.50)" in text
+    rows = [
+        {"signal": signal, "title": title, "target": target, "rho": rho, "low": rho - 0.1, "high": rho + 0.1}
+        for target, shift in (("pooled", 0.0), ("npo", 0.05))
+        for signal, title, rho in (("cud", "CUD", 0.2 + shift), ("loss", "Loss", 0.4), ("calibrated", "All", 0.5))
+    ]
+    labels = pd.DataFrame([{"label": "pooled", "reliability": 0.75}])
+    frames = {"validation": pd.DataFrame(rows), "labels": labels}
+    text = render_page([Evidence("v", {"spec": {"command": "validate"}, "status": "done"}, frames)])
+    assert "CUD reaches a held-out Spearman of +0.20 (95% interval +0.10 to +0.30)" in text
+    assert "foretells realised difficulty best is: Loss (+0.40)" in text
+    assert "0.250" in text and "0.750" in text  # the method's own figure, and the label's reliability
 
 
 def test_every_section_can_be_absent():

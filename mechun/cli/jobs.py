@@ -1,0 +1,211 @@
+"""What `score` and `validate` share: opening the model and the facts, the spec of a run, chunks, and memory.
+
+The spec holds whatever decides the result, and nothing else: batch size, number of processes and output are left out.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mechun.cli import options
+from mechun.cli.console import Console
+from mechun.errors import DataError, MechunError, UsageError, nearest
+from mechun.runs import Workers, find_version, hash_spec
+
+if TYPE_CHECKING:
+    from mechun.data.facts import Facts
+    from mechun.models import LoadedModel
+
+CHUNK = 32
+"""Facts per chunk: small enough that little is lost, and the same whatever the batch size and number of processes."""
+AUTO_BATCH = 32
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The model and the facts of a job, opened.
+
+    Attributes:
+        model: The model, on its device.
+        forget: Facts whose difficulty is asked.
+        retain: Facts that must survive; None without any.
+        names: What the user called them, by "model", "forget", "retain".
+    """
+
+    model: "LoadedModel"
+    forget: "Facts"
+    retain: "Facts | None"
+    names: Mapping[str, str]
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """Model and facts as the spec of a run names them."""
+        described = {"model": {"name": self.model.name, "fingerprint": self.model.fingerprint}}
+        for key, facts in (("facts", self.forget), ("retain", self.retain)):
+            name = self.names["forget" if key == "facts" else key]
+            described[key] = describe_facts(name, facts) if facts is not None else {"name": "none"}
+        return {
+            **described,
+            "device": self.model.device.type,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "mechun": find_version("mechun"),
+        }
+
+
+def describe_facts(name: str, facts: "Facts") -> dict[str, Any]:
+    """Facts as the spec of a run names them."""
+    return {"name": name, "fingerprint": facts.fingerprint, "rows": len(facts)}
+
+
+def open_inputs(
+    console: Console,
+    workers: Workers,
+    *,
+    model: str,
+    forget: str | None,
+    retain: str | None,
+    limit: int | None,
+    columns: str | None,
+    device: str,
+    dtype: str,
+) -> Inputs:
+    """Load model and facts; what was guessed on the way is said on stderr.
+
+    Facts are read before the model, so that a mistyped file is refused at once.
+
+    Raises:
+        UsageError: The facts are not named, and the model is none of the bundled ones.
+        ModelError, DataError: The model or the facts cannot be used.
+    """
+    names = name_sources(model, forget, retain)
+    mapping = options.read_columns(columns)
+    facts = {key: _read_facts(console, names[key], mapping, limit if key == "forget" else None) for key in names}
+    if not len(facts["forget"] or ()):
+        raise DataError(f"there are no facts in {names['forget']}")
+    console.note(f"loading {model}")
+    from mechun.models import load_model
+
+    with quiet_libraries():
+        loaded = load_model(model, device=_place(device, workers), dtype=dtype)
+    return Inputs(loaded, facts["forget"], facts["retain"], {"model": model, **names})
+
+
+def name_sources(model: str, forget: str | None, retain: str | None) -> dict[str, str]:
+    """Where the facts come from: the bundled ones for a bundled model, unless the user names others.
+
+    Raises:
+        UsageError: The model is a foreign one, and no facts are named.
+    """
+    bundled = model.startswith("organism")
+    if forget is None and not bundled:
+        raise UsageError(
+            f"--forget is missing: {model} has no facts of its own", "give a file, or org/name from the Hub"
+        )
+    if forget is None:
+        return {"forget": "organism:forget", "retain": retain or "organism:retain"}
+    return {"forget": forget, "retain": retain or "none"}
+
+
+def _read_facts(console: Console, name: str, columns: dict[str, str] | None, limit: int | None) -> "Facts | None":
+    if name == "none":
+        return None
+    from mechun.data.sources import load_facts
+
+    notes: list[str] = []
+    facts = load_facts(name, columns=columns, limit=limit, notes=notes)
+    for note in notes:
+        console.note(note)
+    return facts
+
+
+def _place(device: str, workers: Workers) -> str:
+    if workers.world == 1 or device != "auto":
+        return device
+    import torch
+
+    return f"cuda:{workers.rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+
+
+def quiet_libraries() -> Any:
+    """Context in which the libraries below draw no progress bars of their own when stderr is not a terminal."""
+    from contextlib import nullcontext
+
+    if sys.stderr.isatty():
+        return nullcontext()
+    with suppress(ImportError):
+        from datasets.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+    return nullcontext()
+
+
+def name_folder(out: Path | None, command: str, model: str, spec: Mapping[str, Any]) -> Path:
+    """The run folder: the one asked for, or one under runs/ that names command, model and spec."""
+    if out is not None:
+        return out
+    short = "".join(sign if sign.isalnum() or sign in "-._" else "-" for sign in Path(model).name)
+    return Path("runs") / f"{command}-{short}-{hash_spec(spec)[:8]}"
+
+
+def describe_command(command: str, arguments: list[str] | None = None) -> str:
+    """The command line as it can be typed again."""
+    import shlex
+
+    given = sys.argv[1:] if arguments is None else arguments
+    known = given[:1] == command.split()[:1]
+    return shlex.join(["mechun", *given]) if known else f"mechun {command}"
+
+
+def with_smaller_batches(work: Callable[[int], Result], batch_size: int, console: Console) -> Result:
+    """Do the work with a batch size that halves whenever memory runs out; said once per size.
+
+    Raises:
+        MechunError: Memory runs out even with one fact at a time.
+    """
+    size = batch_size
+    while True:
+        try:
+            return work(size)
+        except Exception as fault:
+            if not is_out_of_memory(fault):
+                raise
+            if size == 1:
+                hint = "use a smaller model, a shorter context, or another device"
+                raise MechunError("memory runs out even with one fact per batch", hint) from fault
+            size //= 2
+            console.note_once(f"memory ran out: going on with {size} facts per batch")
+        free_memory()
+
+
+def is_out_of_memory(fault: BaseException) -> bool:
+    """Whether an error means that memory ran out, on any device."""
+    text = str(fault).lower()
+    told = "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
+    return (
+        isinstance(fault, MemoryError)
+        or type(fault).__name__ == "OutOfMemoryError"
+        or (isinstance(fault, RuntimeError) and told)
+    )
+
+
+def free_memory() -> None:
+    """Give back what caching allocators hold."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def choose_known(kind: str, value: str, valid: Mapping[str, Any]) -> str:
+    """The key, if the table has it; otherwise an error that names the nearest and the command that lists them."""
+    if value not in valid:
+        raise UsageError(f"no {kind} is called {value!r}", f"{nearest(value, valid)}; see `mechun methods`")
+    return value

@@ -14,7 +14,7 @@ block (GPT-NeoX) the MLP does not see the heads of its own layer. Everything is 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -52,6 +52,25 @@ class Edge:
     def name(self) -> str:
         """The edge's name in the literature: `a3.h5->m7`."""
         return f"{self.writer}->{self.reader}"
+
+
+@dataclass(frozen=True)
+class ReaderGroup:
+    """Readers that see the same writers and lie side by side in the canonical order.
+
+    Attributes:
+        kind: Queries, keys and values of a layer together, its MLP, or the logits.
+        layer: Their layer.
+        n_readers: How many they are.
+        n_writers: How many writers each of them sees.
+        first_edge: Place of their first edge; the edges of the group are a block `n_readers x n_writers`.
+    """
+
+    kind: Literal["attention", "mlp", "logits"]
+    layer: int
+    n_readers: int
+    n_writers: int
+    first_edge: int
 
 
 @dataclass(frozen=True)
@@ -198,6 +217,23 @@ class Graph:
         """Layer of each reader; the number of layers for the logits."""
         blocks = torch.arange(self.n_layers).repeat_interleave(self.n_attention_readers + 1)
         return torch.cat([blocks, torch.tensor([self.n_layers])])
+
+    @cached_property
+    def reader_groups(self) -> tuple[ReaderGroup, ...]:
+        """The readers in forward order, those of one layer's attention together."""
+        groups: list[ReaderGroup] = []
+        edge = 0
+        for layer in range(self.n_layers + 1):
+            below = self.count_writers_before(layer)
+            if layer == self.n_layers:
+                groups.append(ReaderGroup("logits", layer, 1, below, edge))
+                break
+            groups.append(ReaderGroup("attention", layer, self.n_attention_readers, below, edge))
+            edge += self.n_attention_readers * below
+            below = self.count_writers_before(layer, mlp=True)
+            groups.append(ReaderGroup("mlp", layer, 1, below, edge))
+            edge += below
+        return tuple(groups)
 
     @cached_property
     def reader_feeds(self) -> tuple[tuple[int, ...], ...]:

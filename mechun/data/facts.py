@@ -72,7 +72,7 @@ class Fact:
         for name in record:
             if name not in known:
                 raise DataError(f"a fact has no field {name!r}", nearest(name, known, "fields"))
-        return cls(**record)
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()})
 
 
 class Facts:

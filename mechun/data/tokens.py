@@ -54,7 +54,7 @@ def tokenize_questions(questions: Sequence[Question], tokenizer: Any, *, chat: b
     """The tokens of each question, or the reason why its answer cannot be told exactly from its prompt.
 
     Args:
-        questions: Prompt, answer and subject of each.
+        questions: Prompt, answer and subject of each; a space that ends the prompt is taken as the joining one.
         tokenizer: A Hugging Face tokenizer.
         chat: Put the prompt through the tokenizer's chat template, as the user's turn.
 
@@ -63,7 +63,7 @@ def tokenize_questions(questions: Sequence[Question], tokenizer: Any, *, chat: b
     """
     if not questions:
         return []
-    prompts = [render_chat(q.prompt, tokenizer) if chat else q.prompt for q in questions]
+    prompts = [render_chat(q.prompt, tokenizer) if chat else q.prompt.removesuffix(" ") for q in questions]
     texts = [join_answer(prompt, q.answer) for prompt, q in zip(prompts, questions, strict=True)]
     if not getattr(tokenizer, "is_fast", False):
         return [
@@ -142,7 +142,7 @@ def split_by_offsets(
         if first[1] > border[1]:
             return "one token holds both the end of the prompt and the beginning of the answer"
         start += 1  # the token ends with the joining space: it is the prompt's
-    if start >= stop:
+    if start >= stop or offsets[stop - 1][1] <= border[1]:
         return NO_TOKENS
     if start == 0:
         return NO_PREDICTOR

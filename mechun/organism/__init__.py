@@ -1,0 +1,1 @@
+"""Small models of an invented world: who knows what is known by construction, so that claims can be tested on them."""

@@ -139,9 +139,9 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
-        "grad_diff": Recipe("grad_diff", steps=30, lr=1.5e-4),
-        "npo": Recipe("npo", steps=30, lr=1.5e-4),
-        "rmu": Recipe("rmu", steps=40, lr=1e-3, alpha=50.0),
+        "grad_diff": Recipe("grad_diff", steps=30, lr=2e-4, alpha=3.0),
+        "npo": Recipe("npo", steps=30, lr=2e-4, alpha=3.0),
+        "rmu": Recipe("rmu", steps=30, lr=3e-4, alpha=20.0, scale=1.0),
     }
 )
 """Default strengths: the losses of forget facts rise by some nats, far from saturation, and retained facts stay."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from mechun.data.facts import Fact, Facts
+from mechun.data.facts import LISTS, Fact, Facts
 from mechun.data.tables import Row
 from mechun.errors import DataError, UsageError, nearest
 
@@ -23,7 +23,6 @@ GUESSES: Mapping[str, tuple[str, ...]] = {
 }
 """Names under which published sets have a field, the likeliest first."""
 FIELDS = tuple(f.name for f in fields(Fact))
-LISTS = ("paraphrases", "alternatives", "neighbours")
 TOFU_ENTITIES = frozenset({"idx", "question", "answer", "prefix", "entity"})
 TOFU_QUESTIONS = 20
 

@@ -18,6 +18,9 @@ from mechun.errors import DataError, nearest
 if TYPE_CHECKING:
     import pandas as pd
 
+LISTS = ("paraphrases", "alternatives", "neighbours")
+"""The fields of a fact that hold several texts."""
+
 
 @dataclass(frozen=True)
 class Fact:
@@ -50,14 +53,15 @@ class Fact:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("paraphrases", "alternatives", "neighbours"):
+        for name in LISTS:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "meta", MappingProxyType(dict(self.meta)))
 
     @property
     def entity(self) -> str:
         """What halves that share nothing are split by: `meta["entity"]`, the subject, or the id."""
-        return str(self.meta.get("entity") or self.subject or self.id)
+        named = self.meta.get("entity")
+        return str(named if named is not None else self.subject or self.id)
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain JSON values, empty fields left out."""

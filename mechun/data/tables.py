@@ -122,15 +122,17 @@ def read_csv(path: Path) -> list[Row]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
     rows: list[Row] = []
+    read = 0
     try:
         for values in reader:
-            place = f"line {reader.line_num}"
+            read = reader.line_num
+            place = f"line {read}"
             if None in values or None in values.values():
                 count = "more" if None in values else "fewer"
                 raise DataError(f"{path}, {place} has {count} columns than the header", "quote fields with separators")
             rows.append(Row(place, values))
     except csv.Error as fault:
-        raise DataError(f"{path}, line {reader.line_num} is malformed: {fault}") from fault
+        raise DataError(f"{path}, line {max(read, 1) + 1} is malformed: {fault}") from fault
     return rows
 
 

@@ -1,9 +1,9 @@
 """What stands in for an activation when its signal is taken away: zero, a mean, the corrupt run's own, or one given.
 
 All writers of a model at once are a `Writes`. Heads are held before their output projection, at which a difference of
-heads is still a difference of writes; with a post-norm (Gemma-2) they are divided by its sigma first. A mean is a `Writes`
-of one example and one position, averaged over real tokens whatever their position. Everything here is arithmetic on
-tensors: `difference = stand-in - clean`, zero on padding.
+heads is still a difference of writes; with a post-norm (Gemma-2) they are divided by its sigma first. A mean is a
+`Writes` of one example and one position, averaged over real tokens whatever their position. Everything here is
+arithmetic on tensors: `difference = stand-in - clean`, zero on padding.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,75 +1,53 @@
 """Attribution of every edge, for every example, in one batched pass.
 
     score[b, u->v] = sum over positions of <D_u[b, pos], G_v[b, pos]>
-    D_u = write_stand-in - write_clean,   G_v = weighted mean over integration points of d metric / d (input of reader v)
+    D_u = write_stand-in - write_clean
+    G_v = weighted mean over integration points of d metric / d (input of reader v)
 
 so that a score is the change of the metric when the edge's signal is replaced, to first order. One point at the clean
 input is EAP (Syed et al. 2023), points between the corrupt and the clean embeddings are EAP-IG (Hanna et al. 2024), and
 `attribute_activations` interpolates one site at a time. Samples do not interact, so the batch axis is simply kept.
 
 What makes it quick, in the order of the passes: `passes` (answer positions, common prefix), `writers` (heads from z),
-endpoint passes used twice and points stacked into the batch (here), `readers` (head space, the way back through the norm
-once per batch, contraction by layer and block of positions).
+`jobs` (endpoint passes used twice, points stacked into the batch, contraction in blocks of positions), `readers` (head
+space, the way back through the norm once per batch).
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.ablation import Baseline, Writes, average_writes, subtract_clean
+from circuits.ablation import Baseline, Writes, average_writes
 from circuits.graph import Graph
-from circuits.hooks import Edit, Tap, frozen, tapping
+from circuits.hooks import frozen, tapping
 from circuits.interpolation import PointRule, place_points
+from circuits.jobs import (
+    Ends,
+    Job,
+    Stack,
+    check_finite,
+    contract_edges,
+    list_hooks,
+    preparing,
+    run_between,
+    run_endpoints,
+)
 from circuits.metrics import find_metric
-from circuits.passes import Batch, cache_prefix, run_pass, trim_pairs
-from circuits.readers import Readers, SplitReaders, UnsupportedWiringError, contract, prepare_head_readers
-from circuits.sites import Sites, find_sites, splitting
+from circuits.passes import Batch, run_pass, trim_pairs
+from circuits.readers import UnsupportedWiringError
+from circuits.sites import find_sites
 from circuits.types import ContrastPairs, HookedModel, Metric
-from circuits.writers import Projections, collect_writes, project_writes, read_projections
+from circuits.writers import collect_writes, project_writes, read_projections
 
 Path = Literal["auto", "head", "split"]
-Stack = Literal["auto"] | bool
 Scope = Literal["all", "own"]
 
-STACKED_NUMBERS = 1_250_000  # rows x positions x d_model beyond which a CPU gains nothing from stacking
-BLOCK_BYTES = 2**28  # of writes held at once during the contraction
-
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One batch of contrasts, ready for passes with gradients."""
-
-    model: HookedModel
-    graph: Graph
-    sites: Sites
-    tap: Tap
-    batch: Batch
-    projections: Projections
-    readers: Readers
-    metric: Metric
-    stack: Stack
-
-    @property
-    def pairs(self) -> ContrastPairs:
-        """The contrasts."""
-        return self.batch.pairs
-
-    def fit_points(self) -> int:
-        """How many points to run at once: stacking pays while a pass is small."""
-        if self.stack is True:
-            return 2**31
-        numbers = len(self.pairs) * self.batch.n_positions * int(self.model.cfg.d_model)
-        room = STACKED_NUMBERS if self.pairs.clean.device.type == "cpu" else 2**28
-        return max(1, room // numbers) if self.stack else 1
 
 
 def attribute_edges(
@@ -117,10 +95,10 @@ def attribute_edges(
     def work(job: Job) -> Float[Tensor, "example edge"]:
         ends = run_endpoints(job, baseline, weights)
         inner = [(alpha, weight) for alpha, weight in weights.items() if alpha not in ends.used]
-        _run_between(job, ends, inner, _name_embeddings(job, ends))
+        run_between(job, ends, inner, _name_embeddings(job, ends))
         scores = ends.clean_logits.new_zeros(len(job.pairs), job.graph.n_edges, dtype=job.projections.dtype)
-        _contract(job, ends, scores)
-        return _check_finite(scores, job, ends)
+        contract_edges(job, ends, scores)
+        return check_finite(scores, job, ends)
 
     return _attribute(work, model, pairs, graph, metric, baseline, path, stack, share_prefix, notes)
 
@@ -169,9 +147,9 @@ def attribute_activations(
         sites = _list_moves(job, ends)
         for move in sites:
             job.readers.clear()
-            _run_between(job, ends, list(weights.items()), move.values, cut=True)
-            _contract(job, ends, scores, *((move.first, move.last) if scope == "own" else (0, None)))
-        return _check_finite(scores if scope == "own" else scores / len(sites), job, ends)
+            run_between(job, ends, list(weights.items()), move.values, cut=True)
+            contract_edges(job, ends, scores, *((move.first, move.last) if scope == "own" else (0, None)))
+        return check_finite(scores if scope == "own" else scores / len(sites), job, ends)
 
     return _attribute(work, model, pairs, graph, metric, baseline, path, stack, share_prefix, notes)
 
@@ -191,27 +169,8 @@ def measure_means(model: HookedModel, pairs: ContrastPairs, graph: Graph | None 
             run_pass(model, tap, sites, batch, batch.pairs.clean, reading=sites.writers)
             yield collect_writes(tap.kept, sites, projections), batch.mask
 
-    with frozen(model), torch.no_grad(), tapping(model, _list_hooks(sites, sites.writers)) as tap:
+    with frozen(model), torch.no_grad(), tapping(model, list_hooks(sites, sites.writers)) as tap:
         return average_writes(run())
-
-
-@dataclass(frozen=True)
-class Ends:
-    """What the clean and the stand-in run leave behind.
-
-    Attributes:
-        clean: The clean run's writes.
-        difference: Stand-in minus clean, 0 on padding.
-        clean_logits: At the answer's positions.
-        used: Integration points whose gradients have been collected on the way.
-        attention: Per layer, what attention adds to the stream in the clean run.
-    """
-
-    clean: Writes
-    difference: Writes
-    clean_logits: Float[Tensor, "example answer d_vocab"]
-    used: frozenset[float]
-    attention: tuple[Float[Tensor, "example pos d_model"], ...]
 
 
 @dataclass(frozen=True)
@@ -227,95 +186,6 @@ class Move:
     values: dict[str, tuple[Tensor, Tensor]]
     first: int
     last: int
-
-
-def run_endpoints(job: Job, baseline: Baseline | Writes, weights: dict[float, float]) -> Ends:
-    """The clean run and, for a patch, the corrupt one; either also serves as the integration point it is."""
-    names = (*job.sites.writers, *job.sites.attn_out)
-    pairs, sites, patch = job.pairs, job.sites, baseline == "patch"
-    noise = pairs.embedding_noise
-    noisy = None if noise is None else noise[:, job.batch.start :]
-
-    def collect(rows: slice = slice(None)) -> tuple[Writes, tuple[Tensor, ...]]:
-        writes = collect_writes(job.tap.kept, sites, job.projections).transform(lambda t: t[rows])
-        return writes, tuple(job.tap.kept[name].detach()[rows] for name in sites.attn_out)
-
-    def run(ids: Tensor, noise: Tensor | None, weight: float | None, clean: Tensor | None) -> Tensor:
-        edits: dict[str, Edit] = {} if noise is None else {sites.embed: lambda x: x + noise.to(x.dtype)}
-        if weight is None:
-            with torch.no_grad():
-                return run_pass(job.model, job.tap, sites, job.batch, ids, edits, names)
-        add = edits.get(sites.embed, lambda x: x)
-        edits[sites.embed] = lambda x: add(x).detach().requires_grad_()
-        logits = run_pass(
-            job.model, job.tap, sites, job.batch, ids, edits, (*names, *job.readers.reading), job.readers.branching
-        )
-        _differentiate(job, logits, [weight], logits.detach() if clean is None else clean)
-        return logits.detach()
-
-    used = frozenset(weights) & ({0.0, 1.0} if patch else {1.0})
-    if patch and not used and job.fit_points() > 1:
-        both = None if noisy is None else torch.cat([torch.zeros_like(noisy), noisy])
-        logits = run(torch.cat([pairs.clean, pairs.corrupt]), both, None, None)[: len(pairs)]
-        (clean, attention), (stand_in, _) = collect(slice(len(pairs))), collect(slice(len(pairs), None))
-        return Ends(clean, subtract_clean(clean, job.batch.mask, stand_in), logits, used, attention)
-    logits = run(pairs.clean, None, weights.get(1.0), None)
-    clean, attention = collect()
-    stand_in = baseline if isinstance(baseline, Writes) else None
-    if patch:
-        run(pairs.corrupt, noisy, weights.get(0.0), logits)
-        stand_in = collect()[0]
-    elif baseline == "mean":
-        stand_in = average_writes([(clean, job.batch.mask)])
-    return Ends(clean, subtract_clean(clean, job.batch.mask, stand_in), logits, used, attention)
-
-
-def _run_between(
-    job: Job,
-    ends: Ends,
-    points: Sequence[tuple[float, float]],
-    values: dict[str, tuple[Tensor, Tensor]],
-    cut: bool = False,
-) -> None:
-    """Collect gradients at points on the way, as many points at once as fit."""
-    step = job.fit_points()
-    for begin in range(0, len(points), step):
-        alphas, weights = zip(*points[begin : begin + step], strict=True)
-        edits: dict[str, Edit] = {} if job.sites.embed in values else {job.sites.embed: _start_graph}
-        for name, (clean, difference) in values.items():
-            moved = torch.cat([clean + (1 - alpha) * difference for alpha in alphas]).to(clean.dtype).requires_grad_()
-            edits[name] = partial(_replace, moved)
-        ids = job.pairs.clean.repeat(len(alphas), 1)
-        logits = run_pass(
-            job.model, job.tap, job.sites, job.batch, ids, edits, job.readers.reading, job.readers.branching
-        )
-        _differentiate(job, logits, weights, ends.clean_logits, cut)
-    job.tap.prepare()
-
-
-def _differentiate(job: Job, logits: Tensor, weights: Sequence[float], clean: Tensor, cut: bool = False) -> None:
-    """Hand the gradients of the weighted metric to the readers; upstream of a cut they may be missing and are 0."""
-    times, kept = len(weights), job.tap.kept
-    pairs = job.pairs if times == 1 else job.pairs.select(torch.arange(len(job.pairs)).repeat(times))
-    value = job.metric(logits, pairs, clean.repeat(times, 1, 1))
-    if not value.requires_grad:
-        raise ValueError(f"the metric {getattr(job.metric, '__name__', job.metric)} has no gradient")
-    total = (value.view(times, -1) * value.new_tensor(weights).unsqueeze(1)).sum()
-    names = job.readers.branching
-    gradients = torch.autograd.grad(total, [kept[name] for name in names], materialize_grads=cut)
-    job.readers.collect(kept, dict(zip(names, gradients, strict=True)), times)
-
-
-def _contract(job: Job, ends: Ends, scores: Tensor, first: int = 0, last: int | None = None) -> None:
-    """Add the scores of the edges out of some writers, in blocks of positions that bound the memory."""
-    width = job.graph.n_writers if last is None else last - first
-    column = len(job.pairs) * width * int(job.model.cfg.d_model) * scores.element_size()
-    step = max(1, BLOCK_BYTES // column)
-    with torch.no_grad():
-        for begin in range(0, job.batch.n_positions, step):
-            positions = slice(begin, begin + step)
-            writes = project_writes(ends.difference, job.projections, positions, first, last)
-            contract(job.readers, writes, job.graph, positions, scores, first)
 
 
 def _attribute(
@@ -336,47 +206,14 @@ def _attribute(
     share = share_prefix and baseline == "patch"
     if path != "split":
         try:
-            with _prepare(model, pairs, graph, find_metric(metric), "head", stack, share) as job:
+            with preparing(model, pairs, graph, find_metric(metric), "head", stack, share) as job:
                 return work(job)
         except UnsupportedWiringError as error:
             if path == "head":
                 raise
             _note(f"{error}; every reader is given its own copy of the stream instead", notes)
-    with _prepare(model, pairs, graph, find_metric(metric), "split", stack, share) as job:
+    with preparing(model, pairs, graph, find_metric(metric), "split", stack, share) as job:
         return work(job)
-
-
-@contextmanager
-def _prepare(
-    model: HookedModel,
-    pairs: ContrastPairs,
-    graph: Graph,
-    metric: Metric,
-    path: Literal["head", "split"],
-    stack: Stack,
-    share: bool,
-) -> Iterator[Job]:
-    """A job whose hooks are attached and whose common prefix has been run; everything is undone afterwards."""
-    with ExitStack() as context:
-        context.enter_context(frozen(model))
-        if path == "split":
-            context.enter_context(splitting(model))
-        sites = find_sites(model, graph)
-        projections = read_projections(model, graph, sites)
-        wide = projections.dtype
-        readers = (
-            SplitReaders(graph, sites, wide) if path == "split" else prepare_head_readers(model, graph, sites, wide)
-        )
-        hooks = _list_hooks(sites, (*sites.writers, *sites.attn_out, *readers.reading, *readers.branching))
-        tap = context.enter_context(tapping(model, hooks))
-        context.enter_context(torch.enable_grad())
-        trimmed = trim_pairs(pairs)
-        batch = cache_prefix(model, tap, sites, trimmed) if share else Batch(trimmed)
-        yield Job(model, graph, sites, tap, batch, projections, readers, metric, stack)
-
-
-def _list_hooks(sites: Sites, names: Sequence[str]) -> list[str]:
-    return [*names, *((sites.unembed,) if sites.unembed else ())]
 
 
 def _name_embeddings(job: Job, ends: Ends) -> dict[str, tuple[Tensor, Tensor]]:
@@ -397,30 +234,6 @@ def _list_moves(job: Job, ends: Ends) -> list[Move]:
         values = (ends.clean.mlps[layer], ends.difference.mlps[layer])
         moves.append(Move({sites.mlp_out[layer]: values}, mlp, mlp + 1))
     return moves
-
-
-def _check_finite(scores: Float[Tensor, "example edge"], job: Job, ends: Ends) -> Float[Tensor, "example edge"]:
-    """Refuse scores that are not finite, naming the examples and the first layer where something went wrong."""
-    bad = ~scores.isfinite().all(1)
-    if not bad.any():
-        return scores
-    names = [name for name, is_bad in zip(job.pairs.ids, bad.tolist(), strict=True) if is_bad]
-    where = "only in the gradients"
-    layers = [ends.difference.embeddings, *zip(ends.difference.heads, ends.difference.mlps, strict=True)]
-    for layer, tensors in enumerate(layers, start=-1):
-        if not all(bool(t.isfinite().all()) for t in tensors):
-            where = "from the embeddings on" if layer < 0 else f"from layer {layer} on"
-            break
-    raise ValueError(f"activations are not finite {where}; examples {', '.join(names[:8])}")
-
-
-def _start_graph(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_()
-
-
-def _replace(value: Tensor, x: Tensor) -> Tensor:
-    del x
-    return value
 
 
 def _note(line: str, notes: list[str] | None) -> None:

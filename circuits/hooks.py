@@ -9,7 +9,7 @@ reshaped view that joins the graph only if the hook returns it; a hook at the in
 returned there carries the branch's gradient alone.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -79,7 +79,7 @@ class Tap:
 
 
 @contextmanager
-def tapping(model: HookedModel, names: Sequence[str]) -> Iterator[Tap]:
+def tapping(model: HookedModel, names: Sequence[str]) -> Generator[Tap, None, None]:
     """Tap the named hooks while the context lasts.
 
     Raises:
@@ -102,7 +102,7 @@ def tapping(model: HookedModel, names: Sequence[str]) -> Iterator[Tap]:
 
 
 @contextmanager
-def frozen(model: HookedModel) -> Iterator[None]:
+def frozen(model: HookedModel) -> Generator[None, None, None]:
     """Hold every parameter still while the context lasts; `requires_grad` is as before afterwards.
 
     Raises:

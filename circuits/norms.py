@@ -2,9 +2,9 @@
 
     sigma = sqrt(mean((x - mean)^2) + eps);  RMS norms keep the mean (mean = 0 above)
 
-An input of alternating +s and -s has a known normalised form, so two of them give gain and bias, two sizes of s give eps,
-and a constant input tells whether the mean is taken off. A random input then has to come out as predicted; a module that
-is not of this form is refused. Measuring spares cases for gains stored as 1 + w, missing gains and missing biases.
+An input of alternating +s and -s has a known normalised form, so two of them give gain and bias, two sizes of s give
+eps, and a constant input tells whether the mean is taken off. A random input then has to come out as predicted; a
+module that is not of this form is refused. Measuring spares cases for gains stored as 1 + w, absent gains and biases.
 """
 
 from collections.abc import Callable
@@ -89,7 +89,7 @@ def measure_norm(
 
 
 def _solve_eps(ratio: float, spread: float) -> float:
-    """eps from the ratio of the responses to the small and the large input of the given variance."""
+    """The eps that explains the ratio of the responses to the small and the large input of the given variance."""
     eps = 0.0
     for _ in range(4):
         low = ratio * LARGE / (LARGE**2 * spread + eps) ** 0.5

@@ -1,11 +1,11 @@
 """Forward passes over contrasts that compute no more than the metric needs.
 
-    columns behind the last answer position are cut off                         (a decoder looks back only)
-    logits are made at the answer's positions alone                             (the unembedding sees nothing else)
-    positions before the first difference of clean and corrupt run once         (`share_prefix`: cached keys and values)
+    columns behind the last answer position are cut off                     (a decoder looks back only)
+    logits are made at the answer's positions alone                         (the unembedding sees nothing else)
+    positions before the first difference of clean and corrupt run once     (`cache_prefix`: cached keys and values)
 
-All are exact. The prefix is that of the batch: its earliest first difference, or its earliest answer position. Trap: with
-a cached prefix every activation covers the rest of the sequence only.
+All are exact. The prefix is that of the batch: its earliest first difference, or its earliest answer position. Trap:
+with a cached prefix every activation covers the rest of the sequence only.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,11 +49,16 @@ class Batch:
 
 
 def trim_pairs(pairs: ContrastPairs) -> ContrastPairs:
-    """The same contrasts without the columns behind the last answer position."""
-    width = int(pairs.answer_positions[pairs.answer_mask].max()) + 1
-    columns = {name: getattr(pairs, name)[:, :width] for name in ("clean", "corrupt", "attention_mask", "subject_mask")}
-    noise = None if pairs.embedding_noise is None else pairs.embedding_noise[:, :width]
-    return replace(pairs, **columns, embedding_noise=noise)
+    """The same contrasts without the columns behind the last answer position, and without those that only pad."""
+    last = int(pairs.answer_positions[pairs.answer_mask].max()) + 1
+    first = int(pairs.attention_mask.any(0).int().argmax())
+    columns = ("clean", "corrupt", "attention_mask", "subject_mask")
+    return replace(
+        pairs,
+        **{name: getattr(pairs, name)[:, first:last] for name in columns},
+        answer_positions=(pairs.answer_positions - first).clamp(min=0),
+        embedding_noise=None if pairs.embedding_noise is None else pairs.embedding_noise[:, first:last],
+    )
 
 
 def find_first_difference(pairs: ContrastPairs) -> Int[Tensor, "example"]:

@@ -1,4 +1,4 @@
-"""From gradients at the readers to scores: the analytic way back through the norm, and the contraction with the writers.
+"""From gradients at the readers to scores: the analytic way back through the norm, then the contraction with writers.
 
 A reader v of a normed stream is `q = xhat W + b` with the norm's gain folded into W. With g = d metric / d q,
 
@@ -8,9 +8,9 @@ C centres (LayerNorm) or does nothing (RMSNorm), and is folded into W. The first
 summed over integration points in head space (`d_head` numbers per head) and leaves it once per batch; the second is of
 rank one per point. The MLP and the logits read the stream in one copy each, whose gradient autograd gives directly.
 
-Two kinds of reader share one protocol. `HeadReaders` does the above; it compares a sample of predicted queries, keys and
-values with the model's own and refuses models of another form. `SplitReaders` takes the gradient at each head's own copy
-of the stream: any wiring, at the price of memory `example pos head d_model` per side and layer.
+Two kinds of reader share one protocol. `HeadReaders` does the above; it compares a sample of predicted queries, keys
+and values with the model's own and refuses models of another form. `SplitReaders` takes the gradient at each head's own
+copy of the stream: any wiring, at the price of memory `example pos head d_model` per side and layer.
 """
 
 from collections.abc import Mapping

@@ -1,14 +1,14 @@
-"""Where in a model the writers and readers of a graph are: the names of its hook points, and what is read of its weights.
+"""Where in a model the writers and readers of a graph are: its hook points, and what is read of its weights.
 
-Writers are collected before they are projected: `hook_z` per head, `hook_mlp_out` per MLP, both as *added to the stream*,
-that is after a post-norm where a block has one (Gemma-2). Readers are `hook_q/k/v` per head (or, split, the residual
-copies `hook_q_input`...), the branch that enters the MLP's norm, and the input of the final norm.
+Writers are collected before they are projected: `hook_z` per head, `hook_mlp_out` per MLP, both as *added to the
+stream*, that is after a post-norm where a block has one (Gemma-2). Readers are `hook_q/k/v` per head (or, split, the
+residual copies `hook_q_input`...), the branch that enters the MLP's norm, and the input of the final norm.
 
 Read of the weights: `blocks[l].attn.W_Q/W_K/W_V/W_O` and `b_Q/b_K/b_V` in TransformerLens orientation. Norms are not
 read but measured (`circuits.norms`), so that gains stored as 1 + w, absent gains and absent biases need no cases.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +99,7 @@ def find_sites(model: HookedModel, graph: Graph) -> Sites:
 
 
 @contextmanager
-def splitting(model: HookedModel) -> Iterator[None]:
+def splitting(model: HookedModel) -> Generator[None, None, None]:
     """Let each head read its own copies of the stream while the context lasts, where the model has to be told so."""
     switch = getattr(model, "set_use_split_qkv_input", None)
     before = bool(getattr(model.cfg, "use_split_qkv_input", False))

@@ -3,9 +3,9 @@
     head u:  D_u = (z_stand-in - z_clean) W_O^u          MLP, embeddings: D_u = out_stand-in - out_clean
 
 No hook on per-head results is needed: two passes keep `hook_z` and `hook_mlp_out`, and one product per layer and batch
-makes the heads' writes. Behind a post-norm (Gemma-2) a head's share of what is added is `gain * C(z W_O) / sigma`, with
-the sigma of its own run, so z is divided by sigma when it is collected. Layout: `writer example pos d_model`, so that the
-writers below a layer are a leading slice.
+makes the heads' writes. Behind a post-norm (Gemma-2) a head's share of what is added is `gain * C(z W_O) / sigma`,
+with the sigma of its own run, so z is divided by sigma when it is collected. Layout: `writer example pos d_model`, so
+that the writers below a layer are a leading slice.
 """
 
 from dataclasses import dataclass

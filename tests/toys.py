@@ -165,6 +165,7 @@ class LinearToy(nn.Module):
         self.W_V, self.W_M = draw(n_layers, n_heads, d, d), draw(n_layers, d, d)
         self.W_Os = draw(n_layers, n_heads, d, d)
         rows = torch.rand(n_layers, n_heads, width, width, generator=gen, dtype=torch.float64).tril()
+        self.eval()
         self.pattern = rows / rows.sum(-1, keepdim=True)
         self.blocks = [SimpleNamespace(attn=SimpleNamespace(W_O=W_O)) for W_O in self.W_Os]
         per_layer = ("hook_resid_pre", "hook_q_input", "hook_k_input", "hook_v_input", "attn.hook_z", "hook_attn_out")
@@ -177,9 +178,11 @@ class LinearToy(nn.Module):
     def hooks(self, fwd_hooks: Any = (), bwd_hooks: Any = ()):
         for name, function in fwd_hooks:
             self.hook_dict[name].functions.append(function)
-        yield self
-        for name, function in fwd_hooks:
-            self.hook_dict[name].functions.remove(function)
+        try:
+            yield self
+        finally:
+            for name, function in fwd_hooks:
+                self.hook_dict[name].functions.remove(function)
 
     def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError

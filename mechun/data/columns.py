@@ -103,23 +103,23 @@ def match_columns(rows: Sequence[Row], source: str, columns: Mapping[str, str], 
 def build_fact(row: Row, number: int, found: Mapping[str, str]) -> Fact:
     """The fact that one row holds; a `ValueError` says what is wrong with it."""
     values = {name: row.values.get(column) for name, column in found.items()}
-    texts = {name: read_required(values.get(name), found[name]) for name in ("prompt", "answer")}
-    optional = {name: read_optional(values.get(name), name) for name in ("subject", "relation", "foil", "split")}
-    lists = {name: read_list(values.get(name), name) for name in LISTS}
-    meta = dict(values.get("meta") or {}) if isinstance(values.get("meta"), Mapping) else {}
-    used = {column for name, column in found.items() if name != "meta" or meta}
-    meta |= {
-        column: plain_value(value) for column, value in row.values.items() if column not in used and value is not None
-    }
-    default = f"{row.part}-{number}" if row.part else str(number)
-    return Fact(
-        id=read_id(values.get("id"), default),
-        prompt=texts["prompt"].rstrip(" "),
-        answer=texts["answer"].strip(),
-        **(optional | {"split": optional["split"] or row.part}),
-        **lists,
-        meta=meta,
-    )
+    read: dict[str, Any] = {name: read_required(values.get(name), found[name]) for name in ("prompt", "answer")}
+    for name in ("subject", "relation", "foil", "split"):
+        read[name] = read_optional(values.get(name), found.get(name, name))
+    for name in LISTS:
+        read[name] = read_list(values.get(name), found.get(name, name))
+    read["id"] = read_id(values.get("id"), f"{row.part}-{number}" if row.part else str(number))
+    read["prompt"], read["answer"] = read["prompt"].rstrip(" "), read["answer"].strip()
+    read["split"] = read["split"] or row.part
+    return Fact(**read, meta=gather_meta(row, values.get("meta"), found))
+
+
+def gather_meta(row: Row, own: Any, found: Mapping[str, str]) -> dict[str, Any]:
+    """The row's own `meta` when it is an object, and every column that is no field of a fact."""
+    meta = dict(own) if isinstance(own, Mapping) else {}
+    used = {column for name, column in found.items() if name != "meta" or isinstance(own, Mapping)}
+    rest = {name: value for name, value in row.values.items() if name not in used and value is not None}
+    return meta | {name: plain_value(value) for name, value in rest.items()}
 
 
 def read_required(value: Any, column: str) -> str:

@@ -221,8 +221,8 @@ def draw_noise(rows: Sequence[Row], width: int, model: LoadedModel, seed: int) -
 def measure_embeddings(model: LoadedModel) -> tuple[float, int]:
     """Standard deviation of the token embeddings as they leave their layer, over 4096 tokens, and their width."""
     layer = model.hf.get_input_embeddings()
-    rows = layer.weight.shape[0]
-    embeddings = layer(torch.arange(0, rows, max(1, rows // 4096), device=model.device)).float()
+    step = max(1, model.n_embeddings // 4096)
+    embeddings = layer(torch.arange(0, model.n_embeddings, step, device=model.device)).float()
     return embeddings.std().item(), embeddings.shape[-1]
 
 

@@ -76,7 +76,8 @@ class Fact:
         for name in record:
             if name not in known:
                 raise DataError(f"a fact has no field {name!r}", nearest(name, known, "fields"))
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()})
+        values: dict[str, Any] = {name: tuple(v) if name in LISTS else v for name, v in record.items()}
+        return cls(**values)
 
 
 class Facts:

@@ -7,7 +7,7 @@ network, the cache of `datasets` gives its newest copy whatever revision is aske
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -123,7 +123,7 @@ def read_hub(hub: HubSource, limit: int | None = None, notes: list[str] | None =
     Raises:
         DataError: When it cannot be had, or has no such config, split or revision; the nearest names are given.
     """
-    import datasets
+    import datasets.config
 
     notes = [] if notes is None else notes
     offline = bool(datasets.config.HF_HUB_OFFLINE)
@@ -145,7 +145,7 @@ def read_hub(hub: HubSource, limit: int | None = None, notes: list[str] | None =
 
 
 @contextlib.contextmanager
-def quiet_datasets() -> Iterator[None]:
+def quiet_datasets() -> Generator[None]:
     """The library's bars and notices off, and as they were afterwards."""
     import datasets
 

@@ -61,7 +61,7 @@ def check_model(model: LoadedModel, *, view: bool = True) -> None:
     Raises:
         ModelError: With the first reason found.
     """
-    rows = model.hf.get_input_embeddings().weight.shape[0]
+    rows = model.n_embeddings
     # Added tokens do not count: many checkpoints have a padding token that no weight belongs to.
     if model.tokenizer.vocab_size > rows:
         known = model.tokenizer.vocab_size

@@ -6,7 +6,7 @@ numbers and goes on; here that is refused.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mechun.errors import ModelError, UsageError, nearest
-from mechun.models.checkpoints import Checkpoint, find_checkpoint
+from mechun.models.checkpoints import Checkpoint, fetch_snapshot, find_checkpoint, is_hub_id
 from mechun.models.checks import check_model
 from mechun.models.view import LoadedModel
 
@@ -53,13 +53,13 @@ def load_model(
     place = pick_device(device) if device != "auto" or not isinstance(source, PreTrainedModel) else None
     kind = pick_dtype(dtype)
     if isinstance(source, PreTrainedModel):
-        hf, name, folder = source, source.name_or_path or type(source).__name__, Path(source.name_or_path or "")
-        hf = hf.to(device=place or hf.device, dtype=kind or hf.dtype)
+        hf, name, home = source, source.name_or_path or type(source).__name__, source.name_or_path
+        torch.nn.Module.to(hf, place or hf.device, kind or hf.dtype)
     else:
         checkpoint = find_checkpoint(source)
         assert place is not None
-        hf, name, folder = read_weights(checkpoint, place, kind), checkpoint.name, checkpoint.folder
-    loaded = LoadedModel(hf, load_tokenizer(folder if tokenizer is None else tokenizer), name)
+        hf, name, home = read_weights(checkpoint, place, kind), checkpoint.name, checkpoint.folder
+    loaded = LoadedModel(hf, load_tokenizer(home if tokenizer is None else tokenizer), name)
     check_model(loaded, view=check)
     return loaded
 
@@ -72,7 +72,7 @@ def read_weights(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtyp
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
         if getattr(config, "quantization_config", None):
             raise ModelError(f"{checkpoint.name} is quantised: its weights cannot be edited", "use the full weights")
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
             config=config,
             dtype=dtype or "auto",
@@ -83,6 +83,7 @@ def read_weights(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtyp
             trust_remote_code=False,
             output_loading_info=True,
         )
+        model, report = loaded
     for fault in ("missing_keys", "mismatched_keys"):
         if report.get(fault):
             first = sorted(map(str, report[fault]))[0]
@@ -99,11 +100,13 @@ def load_tokenizer(source: Any) -> Any:
 
     if isinstance(source, PreTrainedTokenizerBase):
         return source
-    folder = Path(source)
-    if str(source) in ("", ".") or not (folder.is_dir() or isinstance(source, str)):
+    if source in ("", None):
         raise ModelError("the model comes without a tokenizer", "pass tokenizer=")
+    folder = Path(source)
     if not folder.is_dir():
-        folder = find_checkpoint(source).folder
+        if not is_hub_id(str(source)):
+            raise ModelError(f"there is no tokenizer folder {source}")
+        folder = fetch_snapshot(str(source))
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         raise ModelError(f"{folder} holds no tokenizer", "save one there, or pass tokenizer=")
     with named_faults(str(folder)):
@@ -135,7 +138,7 @@ def pick_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
 
 
 @contextlib.contextmanager
-def named_faults(name: str) -> Iterator[None]:
+def named_faults(name: str) -> Generator[None]:
     """Faults of Transformers as a `ModelError` that names the model and gives the first line of the reason."""
     try:
         yield
@@ -149,7 +152,7 @@ def named_faults(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Generator[None]:
     """Transformers' own bars off, and as they were afterwards."""
     from transformers.utils import logging
 

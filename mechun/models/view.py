@@ -81,6 +81,12 @@ class LoadedModel:
         return next((int(value) for name in LENGTHS if (value := getattr(config, name, None))), UNLIMITED)
 
     @property
+    def n_embeddings(self) -> int:
+        """How many token ids have an embedding."""
+        weight: Any = self.hf.get_input_embeddings().weight
+        return int(weight.shape[0])
+
+    @property
     def has_experts(self) -> bool:
         """Whether its MLPs are mixtures of experts, so that `mlp.hook_post` does not hold neurons."""
         config = self.hf.config.get_text_config()
@@ -104,4 +110,4 @@ class LoadedModel:
 
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in row-major order."""
-    return memoryview(tensor.detach().reshape(-1).cpu().contiguous().view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).cpu().contiguous().view(torch.uint8).numpy().data

@@ -70,6 +70,14 @@ def test_a_tokenizer_may_come_from_another_folder(checkpoint: Checkpoint, folder
     assert model.tokenizer("w5 w6")["input_ids"] == [5, 6]
 
 
+def test_a_module_finds_the_tokenizer_of_its_folder(checkpoint: Checkpoint):
+    model = load_model(checkpoint("gpt2"), check=False)
+    again = load_model(model.hf, check=False)
+    assert again.tokenizer("w5 w6")["input_ids"] == [5, 6]
+    with pytest.raises(ModelError, match="no tokenizer folder ./nowhere/x"):
+        load_model(model.hf, tokenizer="./nowhere/x")
+
+
 def test_a_tokenizer_of_another_model_is_refused(checkpoint: Checkpoint):
     message = refusal(checkpoint("gpt2"), tokenizer=make_tokenizer(VOCAB + 1))
     assert f"knows {VOCAB + 1} tokens, the model only {VOCAB}" in message

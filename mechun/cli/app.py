@@ -6,7 +6,9 @@ data cannot be used, 4 finished but some facts were skipped, 130 interrupted and
 """
 
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -70,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given or os.environ.get("MECHUN_DEBUG", "") not in ("", "0")
     try:
-        with _plain_warnings():
+        with _plain_warnings(), _stoppable():
             code = app(args=given, prog_name="mechun", standalone_mode=False, default_map=_read_defaults(given))
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
@@ -133,6 +135,22 @@ def _name_nearest(fault: Any, text: str, given: Sequence[str]) -> str:
 
 def _complain(text: str, prefix: str = "error: ") -> None:
     print(prefix + clean_text(text), file=sys.stderr, flush=True)  # noqa: T201 - this is the door to the screen
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    # what a batch system sends before it kills: stop as by Ctrl-C, so that the run says that it can be continued
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

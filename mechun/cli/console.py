@@ -110,7 +110,7 @@ def draw_table(frame: "pd.DataFrame", limit: int | None = None) -> str:
     page = io.StringIO()
     width = None if terminal else PIPE_WIDTH
     RichConsole(file=page, width=width, force_terminal=terminal, highlight=False).print(table)
-    return page.getvalue().rstrip("\n")
+    return "\n".join(line.rstrip() for line in page.getvalue().splitlines() if line.strip())
 
 
 def format_value(value: Any) -> str:

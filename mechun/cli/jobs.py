@@ -5,7 +5,6 @@ The spec holds whatever decides the result, and nothing else: batch size, number
 
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -90,8 +89,7 @@ def open_inputs(
     console.note(f"loading {model}")
     from mechun.models import load_model
 
-    with quiet_libraries():
-        loaded = load_model(model, device=_place(device, workers), dtype=dtype)
+    loaded = load_model(model, device=_place(device, workers), dtype=dtype)
     return Inputs(loaded, facts["forget"], facts["retain"], {"model": model, **names})
 
 
@@ -129,19 +127,6 @@ def _place(device: str, workers: Workers) -> str:
     import torch
 
     return f"cuda:{workers.rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-
-
-def quiet_libraries() -> Any:
-    """Context in which the libraries below draw no progress bars of their own when stderr is not a terminal."""
-    from contextlib import nullcontext
-
-    if sys.stderr.isatty():
-        return nullcontext()
-    with suppress(ImportError):
-        from datasets.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
-    return nullcontext()
 
 
 def name_folder(out: Path | None, command: str, model: str, spec: Mapping[str, Any]) -> Path:

@@ -29,6 +29,8 @@ TITLES = {
     "circuit_spread": "Effective number of edges",
     "circuit_balance": "Net over absolute support",
     "facts": "Facts",
+    "cud": "CUD",
+    "mrd": "MRD",
     "rho": "Spearman",
     "partial": "Given loss and length",
     "seconds_per_fact": "Seconds per fact",
@@ -37,7 +39,9 @@ TITLES = {
     "reliability": "Repeats from seed to seed",
 }
 """Titles of the columns that need another than their own name."""
-HIDDEN = ("id", "split", "meta", "paraphrases", "alternatives", "neighbours", "foil", "subject", "entity")
+SHOWN_SIGNALS = ("cud", "calibrated", "loss", "mrd", "exposure", "circuit_depth", "circuit_path")
+ALIKE = 0.2
+"""Means closer than this share of the spread over all facts are called alike."""
 POOLED = "pooled"
 COMBINED = ("calibrated", "circuit_fit", "cud_shuffled", "entity_rank")
 """Rows of a validation that are no single signal known before unlearning the facts themselves."""
@@ -51,10 +55,10 @@ def name_column(name: str) -> str:
 
 
 def name_columns(scores: "pd.DataFrame") -> dict[str, str]:
-    """Titles of the columns that the fact table shows, the text first."""
-    first = [name for name in ("rank", "prompt", "answer", "relation", "band", "score") if name in scores.columns]
-    others = [str(n) for n in scores.columns if n not in first and n not in HIDDEN and scores[n].notna().any()]
-    return {name: name_column(name) for name in (*first, *others)}
+    """Titles of the columns that the fact table shows, the text first; the page's data hold the others too."""
+    shown = ("rank", "prompt", "answer", "relation", "band", "score", *SHOWN_SIGNALS)
+    known = [name for name in shown if name in scores.columns and scores[name].notna().any()]
+    return {name: name_column(name) for name in known}
 
 
 def name_fact(row: "pd.Series") -> str:
@@ -162,14 +166,16 @@ def word_contrast(scores: "pd.DataFrame") -> list[str]:
         return []
     table = means.set_index("band")
     words = {
-        "circuit_depth": ("deeper", "shallower"),
-        "circuit_path": ("along longer paths", "along shorter paths"),
+        "circuit_depth": ("deeper", "shallower", "as deep"),
+        "circuit_path": ("along longer paths", "along shorter paths", "along paths as long"),
     }
     told = []
-    for name, (more, less) in words.items():
+    for name, (more, less, alike) in words.items():
         if name in table.columns:
             easy, hard = float(table.loc["easy", name]), float(table.loc["hard", name])
-            told.append(f"{more if hard > easy else less} ({name_column(name).lower()} {hard:.2f} against {easy:.2f})")
+            spread = float(scores[name].std()) or 1.0
+            word = alike if abs(hard - easy) < ALIKE * spread else more if hard > easy else less
+            told.append(f"{word} ({name_column(name).lower()} {hard:.2f} against {easy:.2f}, spread {spread:.2f})")
     return [f"Compared with easy facts, the circuits of hard ones work {' and '.join(told)}."] if told else []
 
 

@@ -1,6 +1,5 @@
 """From a source to a checked model: devices and types, tokenizers, and folders that cannot be used."""
 
-import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -167,6 +166,7 @@ def test_the_progress_bars_of_transformers_stay_as_they_were(checkpoint: Checkpo
 
 
 def test_loading_leaves_the_random_state_alone(checkpoint: Checkpoint):
-    before = copy.deepcopy(torch.get_rng_state())
-    load_model(checkpoint("llama"), check=False)
+    folder = checkpoint("llama")
+    before = torch.get_rng_state()
+    load_model(folder)
     assert torch.equal(before, torch.get_rng_state())

@@ -22,7 +22,7 @@ HUB = re.compile(
     r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w.-]+))?(?::(?P<config>[\w.+-]+))?"
     r"(?:/(?P<split>[\w.-]+(?:\[[\d:%-]*\])?))?"
 )
-TOFU_PART = re.compile(r"(forget|retain)\d\d|full")
+TOFU_PART = re.compile(r"(forget|retain)\d\d(_perturbed)?|full")
 NAMES = re.compile(r"'([^']+)'")
 
 

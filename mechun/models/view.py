@@ -57,7 +57,8 @@ class LoadedModel:
         """The hooked view of the current weights (`TransformerBridge`).
 
         Booted when first asked for, which costs seconds once, and again after an update in place where the weights are
-        fused. So ask for it anew after an update, and do not keep hooks or flags on it across one.
+        fused. So ask for it anew after an update, and do not keep hooks or flags on it across one. Update weights as
+        optimisers do; a write through `parameter.data` leaves no trace to go by. Gradients of weights belong to `hf`.
         """
         if self._bridge is None or self._stamp != stamp_weights(self.hf, contents=self._copies):
             self._bridge, self._copies = boot_bridge(self.hf, self.tokenizer)

@@ -179,7 +179,7 @@ def select_edges(
     values: Float[Tensor, "edge"],
     graph: Graph,
     rule: Rule = "greedy",
-    n: float = 75,
+    n: float | int = 75,
     *,
     absolute: bool = True,
     prune: bool = True,

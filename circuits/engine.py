@@ -32,13 +32,12 @@ from circuits.jobs import (
     Stack,
     check_finite,
     contract_edges,
-    list_hooks,
     preparing,
     run_between,
     run_endpoints,
 )
 from circuits.metrics import find_metric
-from circuits.passes import Batch, run_pass, trim_pairs
+from circuits.passes import Batch, list_hooks, run_pass, trim_pairs
 from circuits.readers import UnsupportedWiringError
 from circuits.sites import find_sites
 from circuits.types import ContrastPairs, HookedModel, Metric
@@ -166,7 +165,7 @@ def measure_means(model: HookedModel, pairs: ContrastPairs, graph: Graph | None 
     def run() -> Iterator[tuple[Writes, Tensor]]:
         for rows in torch.arange(len(pairs)).split(batch_size):
             batch = Batch(trim_pairs(pairs.select(rows)))
-            run_pass(model, tap, sites, batch, batch.pairs.clean, reading=sites.writers)
+            run_pass(model, tap, sites, batch, batch.pairs.clean, reading=sites.writers, whole=True)
             yield collect_writes(tap.kept, sites, projections), batch.mask
 
     with frozen(model), torch.no_grad(), tapping(model, list_hooks(sites, sites.writers)) as tap:

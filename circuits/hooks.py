@@ -13,7 +13,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +23,8 @@ from circuits.types import HookedModel
 Edit = Callable[[Tensor], Tensor]
 
 
-def check_hooks(model: HookedModel, names: Sequence[str]) -> None:
-    """Refuse names that the model does not have.
+def check_hooks(model: HookedModel, names: Sequence[str]) -> dict[str, Any]:
+    """The hook points of the given names; names that the model does not have are refused.
 
     Raises:
         KeyError: Names the unknown hook and its nearest neighbours.
@@ -35,6 +34,7 @@ def check_hooks(model: HookedModel, names: Sequence[str]) -> None:
         if name not in known:
             near = get_close_matches(name, known, n=3)
             raise KeyError(f"no hook {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    return {name: known[name] for name in names}
 
 
 @dataclass
@@ -42,14 +42,14 @@ class Tap:
     """What happens at the tapped hooks during a pass.
 
     Attributes:
-        names: The tapped hooks.
+        names: Names of the tapped hooks by the identity of their points.
         edits: Function by hook name; what it returns takes the activation's place.
         reading: Hooks whose activations are kept.
         branching: Hooks at which a copy is passed on, whose gradient is that of the branch alone.
         kept: The activations of the last pass, as the model went on with them.
     """
 
-    names: tuple[str, ...]
+    names: Mapping[int, tuple[str, ...]]
     edits: Mapping[str, Edit] = field(default_factory=dict[str, Edit])
     reading: frozenset[str] = frozenset()
     branching: frozenset[str] = frozenset()
@@ -66,15 +66,15 @@ class Tap:
         self.branching = frozenset(branching)
         self.reading = frozenset(reading) | self.branching
 
-    def handle(self, tensor: Tensor, hook: Any, name: str) -> Tensor:
+    def handle(self, tensor: Tensor, hook: Any) -> Tensor:
         """The function at every tapped hook."""
-        del hook
-        if name in self.edits:
-            tensor = self.edits[name](tensor)
-        if name in self.branching:
-            tensor = tensor.view_as(tensor)
-        if name in self.reading:
-            self.kept[name] = tensor
+        for name in self.names[id(hook)]:
+            if name in self.edits:
+                tensor = self.edits[name](tensor)
+            if name in self.branching:
+                tensor = tensor.view_as(tensor)
+            if name in self.reading:
+                self.kept[name] = tensor
         return tensor
 
 
@@ -92,9 +92,13 @@ def tapping(model: HookedModel, names: Sequence[str]) -> Generator[Tap, None, No
             embeddings = tap.kept["hook_embed"]
     """
     unique = tuple(dict.fromkeys(names))
-    check_hooks(model, unique)
-    tap = Tap(unique)
-    with model.hooks(fwd_hooks=[(name, partial(tap.handle, name=name)) for name in unique]):
+    points = check_hooks(model, unique)
+    by_point: dict[int, tuple[str, ...]] = {}
+    for name, point in points.items():
+        by_point[id(point)] = (*by_point.get(id(point), ()), name)
+    tap = Tap(by_point)
+    # one filter instead of a name per hook: a bridge builds its table of hooks anew for every entry
+    with model.hooks(fwd_hooks=[(points.__contains__, tap.handle)]):
         try:
             yield tap
         finally:

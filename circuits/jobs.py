@@ -19,7 +19,7 @@ from torch import Tensor
 from circuits.ablation import Baseline, Writes, average_writes, subtract_clean
 from circuits.graph import Graph
 from circuits.hooks import Edit, Tap, frozen, tapping
-from circuits.passes import Batch, cache_prefix, run_pass, trim_pairs
+from circuits.passes import Batch, cache_prefix, list_hooks, run_pass, trim_pairs
 from circuits.readers import Readers, SplitReaders, contract, prepare_head_readers
 from circuits.sites import Sites, find_sites, splitting
 from circuits.types import ContrastPairs, HookedModel, Metric
@@ -122,12 +122,11 @@ def run_endpoints(job: Job, baseline: Baseline | Writes, weights: dict[float, fl
         edits: dict[str, Edit] = {} if noise is None else {sites.embed: lambda x: x + noise.to(x.dtype)}
         if weight is None:
             with torch.no_grad():
-                return run_pass(job.model, job.tap, sites, job.batch, ids, edits, names)
+                return run_pass(job.model, job.tap, sites, job.batch, ids, edits, names, whole=baseline == "mean")
         add = edits.get(sites.embed, lambda x: x)
         edits[sites.embed] = lambda x: add(x).detach().requires_grad_()
-        logits = run_pass(
-            job.model, job.tap, sites, job.batch, ids, edits, (*names, *job.readers.reading), job.readers.branching
-        )
+        reading, branching, whole = (*names, *job.readers.reading), job.readers.branching, baseline == "mean"
+        logits = run_pass(job.model, job.tap, sites, job.batch, ids, edits, reading, branching, whole)
         _differentiate(job, logits, [weight], logits.detach() if clean is None else clean)
         return logits.detach()
 
@@ -209,11 +208,6 @@ def _differentiate(job: Job, logits: Tensor, weights: Sequence[float], clean: Te
     names = job.readers.branching
     gradients = torch.autograd.grad(total, [kept[name] for name in names], materialize_grads=cut)
     job.readers.collect(kept, dict(zip(names, gradients, strict=True)), times)
-
-
-def list_hooks(sites: Sites, names: Sequence[str]) -> list[str]:
-    """The named hooks, and the one at which answer positions are gathered."""
-    return [*names, *((sites.unembed,) if sites.unembed else ())]
 
 
 def _start_graph(x: Tensor) -> Tensor:

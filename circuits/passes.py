@@ -2,9 +2,10 @@
 
     columns behind the last answer position are cut off                     (a decoder looks back only)
     logits are made at the answer's positions alone                         (the unembedding sees nothing else)
+    so is the last MLP, of which nothing else is read                       (its output is 0 at the other positions)
     positions before the first difference of clean and corrupt run once     (`cache_prefix`: cached keys and values)
 
-All are exact. The prefix is that of the batch: its earliest first difference, or its earliest answer position. Trap:
+All are exact for everything that depends on the metric. The prefix is that of the batch: its earliest first difference, or its earliest answer position. Trap:
 with a cached prefix every activation covers the rest of the sequence only.
 """
 
@@ -81,6 +82,7 @@ def run_pass(
     edits: Mapping[str, Edit] | None = None,
     reading: Sequence[str] = (),
     branching: Sequence[str] = (),
+    whole: bool = False,
 ) -> Float[Tensor, "row answer d_vocab"]:
     """One forward pass; activations are left in `tap.kept`.
 
@@ -93,12 +95,17 @@ def run_pass(
         edits: Function by hook name.
         reading: Hooks whose activations are kept.
         branching: Hooks whose branch alone is to carry a gradient; kept as well.
+        whole: Run the last MLP at every position.
     """
     times = len(ids) // len(batch.pairs)
     places = (batch.pairs.answer_positions - batch.start).clamp(min=0).repeat(times, 1)
     edits = dict(edits or {})
     if sites.unembed is not None:
         edits[sites.unembed] = lambda x: _gather_positions(x, places)
+    if sites.last_mlp is not None and not whole:
+        real, width = batch.pairs.answer_mask.repeat(times, 1), batch.n_positions
+        edits[sites.last_mlp[0]] = lambda x: _gather_positions(x, places)
+        edits[sites.last_mlp[1]] = lambda x: _scatter_positions(x, places, real, width)
     tap.prepare(edits, reading, branching)
     mask = batch.pairs.attention_mask.repeat(times, 1).to(ids.dtype)
     more = _load_cache(batch.cache, times) if batch.start else {"use_cache": False}
@@ -140,3 +147,19 @@ def _load_cache(cache: Cache, times: int) -> dict[str, Any]:
 
 def _gather_positions(x: Float[Tensor, "row pos width"], places: Int[Tensor, "row answer"]) -> Tensor:
     return x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def _scatter_positions(
+    x: Float[Tensor, "row answer width"],
+    places: Int[Tensor, "row answer"],
+    real: Bool[Tensor, "row answer"],
+    width: int,
+) -> Float[Tensor, "row pos width"]:
+    # padded answers point at some position too: they must neither write to it nor take its gradient
+    kept = torch.where(real.unsqueeze(-1), x, x.new_zeros(()))
+    return x.new_zeros(len(x), width, x.shape[-1]).scatter_add(1, places.unsqueeze(-1).expand_as(kept), kept)
+
+
+def list_hooks(sites: Sites, names: Sequence[str]) -> list[str]:
+    """The named hooks, after those at which answer positions are picked and put back."""
+    return [*(sites.last_mlp or ()), *((sites.unembed,) if sites.unembed else ()), *names]

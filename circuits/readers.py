@@ -15,7 +15,7 @@ copy of the stream: any wiring, at the price of memory `example pos head d_model
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -31,6 +31,7 @@ class UnsupportedWiringError(ValueError):
     """The readers of this model are not a norm followed by a linear map."""
 
 
+@runtime_checkable
 class Readers(Protocol):
     """Gradients at the readers, collected pass by pass."""
 
@@ -194,7 +195,8 @@ def prepare_head_readers(model: HookedModel, graph: Graph, sites: Sites, dtype: 
         UnsupportedWiringError: The model lacks the hooks or the weights, or its norms are of another form.
     """
     blocks = getattr(model, "blocks", ())
-    missing = [name for names in sites.qkv for name in names if name not in model.hook_dict]
+    known = model.hook_dict
+    missing = [name for names in sites.qkv for name in names if name not in known]
     if missing or not all(hasattr(block, "ln1") for block in blocks):
         raise UnsupportedWiringError(f"no hook {missing[0]}" if missing else "the blocks have no norm called ln1")
     try:

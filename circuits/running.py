@@ -23,7 +23,7 @@ from torch import Tensor
 from circuits.ablation import Baseline, Writes, average_writes
 from circuits.graph import Graph, ReaderGroup
 from circuits.hooks import Edit, Tap, frozen, tapping
-from circuits.passes import Batch, cache_prefix, run_pass, trim_pairs
+from circuits.passes import Batch, cache_prefix, list_hooks, run_pass, trim_pairs
 from circuits.sites import Sites, find_sites, splitting
 from circuits.types import ContrastPairs, HookedModel
 from circuits.writers import Projections, collect_writes, read_projections
@@ -70,8 +70,8 @@ def running(
         sites = find_sites(model, graph)
         projections = read_projections(model, graph, sites)
         split = [name for names in sites.split for name in names]
-        names = [*sites.writers, *split, *sites.mlp_in, sites.final, *((sites.unembed,) if sites.unembed else ())]
-        with tapping(model, names) as tap:
+        names = [*sites.writers, *split, *sites.mlp_in, sites.final]
+        with tapping(model, list_hooks(sites, names)) as tap:
             trimmed = trim_pairs(pairs)
             batch = cache_prefix(model, tap, sites, trimmed) if baseline == "patch" else Batch(trimmed)
             stand_in = _find_stand_in(model, tap, sites, projections, batch, baseline)
@@ -191,6 +191,6 @@ def _find_stand_in(
         ids = batch.pairs.corrupt
         if noise is not None:
             edits[sites.embed] = lambda x: x + noise[:, batch.start :].to(x.dtype)
-    run_pass(model, tap, sites, batch, ids, edits, sites.writers)
+    run_pass(model, tap, sites, batch, ids, edits, sites.writers, whole=baseline == "mean")
     writes = collect_writes(tap.kept, sites, projections)
     return writes if baseline == "patch" else average_writes([(writes, batch.mask)])

@@ -23,20 +23,20 @@ from circuits.graph import Graph
 Rule = Literal["greedy", "top", "threshold", "mass"]
 
 
-def choose_top(ranked: Float[Tensor, "edge"], graph: Graph, n: float) -> Bool[Tensor, "edge"]:
+def choose_top(ranked: Float[Tensor, "edge"], graph: Graph, n: float | int) -> Bool[Tensor, "edge"]:
     """The n largest edges; ties go to the earlier edge."""
     mask = torch.zeros(graph.n_edges, dtype=torch.bool)
     mask[ranked.sort(descending=True, stable=True).indices[: _check_count(n, graph)]] = True
     return mask
 
 
-def choose_above(ranked: Float[Tensor, "edge"], graph: Graph, n: float) -> Bool[Tensor, "edge"]:
+def choose_above(ranked: Float[Tensor, "edge"], graph: Graph, n: float | int) -> Bool[Tensor, "edge"]:
     """Every edge of at least n."""
     del graph
     return ranked >= n
 
 
-def choose_mass(ranked: Float[Tensor, "edge"], graph: Graph, n: float) -> Bool[Tensor, "edge"]:
+def choose_mass(ranked: Float[Tensor, "edge"], graph: Graph, n: float | int) -> Bool[Tensor, "edge"]:
     """The fewest edges whose positive ranks make up the share n of their sum."""
     if not 0 < n <= 1:
         raise ValueError(f"the share of the mass lies in (0, 1], not {n}")
@@ -46,7 +46,7 @@ def choose_mass(ranked: Float[Tensor, "edge"], graph: Graph, n: float) -> Bool[T
     return choose_top(ranked, graph, needed if float(mass[-1]) > 0 else 0)
 
 
-def choose_greedy(ranked: Float[Tensor, "edge"], graph: Graph, n: float) -> Bool[Tensor, "edge"]:
+def choose_greedy(ranked: Float[Tensor, "edge"], graph: Graph, n: float | int) -> Bool[Tensor, "edge"]:
     """Grow from the logits: n times, add the largest edge into a node already in the circuit."""
     # each open reader offers its largest edge that is left; ties go to the earlier edge
     count, start = _check_count(n, graph), graph.reader_start.tolist()
@@ -99,6 +99,6 @@ def _check_count(n: float, graph: Graph) -> int:
     return min(int(n), graph.n_edges)
 
 
-RULES: Mapping[str, Callable[[Float[Tensor, "edge"], Graph, float], Bool[Tensor, "edge"]]] = MappingProxyType(
+RULES: Mapping[str, Callable[[Float[Tensor, "edge"], Graph, float | int], Bool[Tensor, "edge"]]] = MappingProxyType(
     {"greedy": choose_greedy, "top": choose_top, "threshold": choose_above, "mass": choose_mass}
 )

@@ -8,7 +8,7 @@ Read of the weights: `blocks[l].attn.W_Q/W_K/W_V/W_O` and `b_Q/b_K/b_V` in Trans
 read but measured (`circuits.norms`), so that gains stored as 1 + w, absent gains and absent biases need no cases.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +35,7 @@ class Sites:
         mlp_in: The branch that enters the MLP's norm.
         final: Input of the final norm.
         unembed: Input of the unembedding; None where a model has no such point.
+        last_mlp: Input and output of the last MLP, position by position; None where a model has no such points.
     """
 
     embed: str
@@ -50,6 +51,7 @@ class Sites:
     mlp_in: tuple[str, ...]
     final: str
     unembed: str | None
+    last_mlp: tuple[str, str] | None
 
     @property
     def embeddings(self) -> tuple[str, ...]:
@@ -81,20 +83,23 @@ def find_sites(model: HookedModel, graph: Graph) -> Sites:
         q, k, v = (f"blocks.{layer}.{pattern.format(side)}" for side in "qkv")
         return q, k, v
 
+    mlp_in = tuple(_find_mlp_in(model, known, i) for i in layers)
+    last = [f"blocks.{graph.n_layers - 1}.mlp.hook_{end}" for end in ("in", "out")]
     return Sites(
         embed="hook_embed",
         pos="hook_pos_embed" if graph.learned_positions else None,
         stream=tuple(name(i, "hook_resid_pre") for i in layers),
         z=tuple(name(i, "attn.hook_z") for i in layers),
         attn_out=tuple(name(i, "hook_attn_out") for i in layers),
-        post_norm=tuple(_find_post_norm(model, i) for i in layers),
+        post_norm=tuple(_find_post_norm(known, i) for i in layers),
         attn_raw=tuple(f"blocks.{i}.attn.hook_out" for i in layers),
         mlp_out=tuple(name(i, "hook_mlp_out") for i in layers),
         qkv=tuple(triple(i, "attn.hook_{}") for i in layers),
         split=tuple(triple(i, "hook_{}_input") for i in layers),
-        mlp_in=tuple(_find_mlp_in(model, i) for i in layers),
+        mlp_in=mlp_in,
         final="ln_final.hook_in",
         unembed="unembed.hook_in" if "unembed.hook_in" in known else None,
+        last_mlp=(last[0], last[1]) if all(n in known for n in last) and mlp_in[-1] not in last else None,
     )
 
 
@@ -118,9 +123,9 @@ def get_attention(model: Any, layer: int) -> Any:
     return model.blocks[layer].attn
 
 
-def _find_post_norm(model: Any, layer: int) -> str | None:
+def _find_post_norm(known: Mapping[str, Any], layer: int) -> str | None:
     """Name of the norm that stands between attention and stream within its block."""
-    point = getattr(model.hook_dict[f"blocks.{layer}.hook_attn_out"], "name", None)
+    point = getattr(known[f"blocks.{layer}.hook_attn_out"], "name", None)
     if not point or point.endswith((".attn.hook_out", f"blocks.{layer}.hook_attn_out.")):
         return None
     owner = point.split(".")[-2]
@@ -129,13 +134,13 @@ def _find_post_norm(model: Any, layer: int) -> str | None:
     return owner
 
 
-def _find_mlp_in(model: Any, layer: int) -> str:
+def _find_mlp_in(model: Any, known: Mapping[str, Any], layer: int) -> str:
     """The hook at which the MLP's branch leaves the stream."""
     block = model.blocks[layer] if hasattr(model, "blocks") else None
     if getattr(block, "mlp_reads_resid_directly", False):
         return f"blocks.{layer}.mlp.hook_in"
     for ending in ("ln2.hook_in", "hook_mlp_in"):
-        if f"blocks.{layer}.{ending}" in model.hook_dict:
+        if f"blocks.{layer}.{ending}" in known:
             if ending == "hook_mlp_in" and hasattr(block, "ln1"):
                 break  # on a bridge it fires at ln2 only
             return f"blocks.{layer}.{ending}"

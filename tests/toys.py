@@ -19,6 +19,7 @@ from circuits.types import ContrastPairs
 
 VOCAB = 40
 FAMILIES = ("gpt2", "neox", "neox_sequential", "llama", "qwen2", "qwen3", "gemma2", "olmo")
+"""Every layout that the engine's head path serves; `olmo2`, which has no norm before its readers, is not among them."""
 
 
 def make_tokenizer(vocab: int = VOCAB) -> Any:
@@ -53,6 +54,7 @@ def build_hf(family: str, seed: int = 0, **changes: Any) -> Any:
         "qwen3": ("Qwen3", common | grouped),
         "gemma2": ("Gemma2", common | grouped | dict(query_pre_attn_scalar=8, final_logit_softcapping=3.0)),
         "olmo": ("Olmo", common),
+        "olmo2": ("Olmo2", common | dict(num_key_value_heads=2)),
     }
     name, settings = kinds[family]
     config = getattr(transformers, f"{name}Config")(**(settings | changes), attn_implementation="eager")
@@ -176,13 +178,19 @@ class LinearToy(nn.Module):
 
     @contextmanager
     def hooks(self, fwd_hooks: Any = (), bwd_hooks: Any = ()):
-        for name, function in fwd_hooks:
-            self.hook_dict[name].functions.append(function)
+        wanted = [
+            (p, f)
+            for asked, f in fwd_hooks
+            for name, p in self.hook_dict.items()
+            if (asked(name) if callable(asked) else asked == name)
+        ]
+        for point, function in wanted:
+            point.functions.append(function)
         try:
             yield self
         finally:
-            for name, function in fwd_hooks:
-                self.hook_dict[name].functions.remove(function)
+            for point, function in wanted:
+                point.functions.remove(function)
 
     def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError

@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mechun.organism.corpus import Corpus
+from mechun.organism.tokens import END_OF_TEXT_ID
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -35,15 +36,14 @@ def make_batches(
         context_length: Longest row.
     """
     rng = random.Random(f"{corpus.seed}:{number}:batches")
-    ends = tokenizer.eos_token_id
     documents = [ids[:context_length] for ids in tokenizer(corpus.documents(number))["input_ids"]]
     rows = _join(documents, context_length, rng)
-    rows = [row + [ends] if len(row) < context_length else row for row in rows]
+    rows = [[*row, END_OF_TEXT_ID] if len(row) < context_length else row for row in rows]
     rng.shuffle(rows)
     rows.sort(key=len)
     groups = _group(rows, batch_tokens)
     rng.shuffle(groups)
-    return [_pad(group, ends) for group in groups]
+    return [_pad(group) for group in groups]
 
 
 def _join(documents: Sequence[list[int]], context_length: int, rng: random.Random) -> list[list[int]]:
@@ -70,8 +70,8 @@ def _group(rows: Sequence[list[int]], batch_tokens: int) -> list[list[list[int]]
     return groups
 
 
-def _pad(rows: Sequence[list[int]], pad: int) -> tuple[Int[Tensor, "example pos"], Int[Tensor, "example pos"]]:
+def _pad(rows: Sequence[list[int]]) -> tuple[Int[Tensor, "example pos"], Int[Tensor, "example pos"]]:
     longest = max(map(len, rows))
-    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+    ids = torch.tensor([row + [END_OF_TEXT_ID] * (longest - len(row)) for row in rows])
     labels = torch.tensor([row + [IGNORED] * (longest - len(row)) for row in rows])
     return ids, labels

@@ -24,7 +24,7 @@ from mechun.organism.tracing import trace_facts
 from mechun.organism.world import ARBITRARY
 
 TRACED_FACTS = 30
-DIFFICULTY_RATE = 1e-5
+DIFFICULTY_RATE = 5e-6
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,6 @@ def _measure_seeds(seeds: Iterable[str | Path], folder: str | Path | None, facts
 
 
 def _measure_difficulty(folder: str | Path | None, facts: Facts) -> list[Figure]:
-    from scipy.stats import spearmanr
-
     model, tokenizer = read_model("gpt2", folder)
     retain = facts.where(split="retain")
     known = keep_recalled(model, tokenizer, facts.where(split="forget")).sample(30)
@@ -191,11 +189,19 @@ def _measure_difficulty(folder: str | Path | None, facts: Facts) -> list[Figure]
         "steps/least": (ordered[0], how),
         "steps/median": (ordered[len(ordered) // 2], how),
         "steps/most": (ordered[-1], how),
-        "rho/seeds": (spearmanr(first, again).statistic, "rank correlation of steps between two seeds"),
-        "rho/half_rate": (spearmanr(first, finer).statistic, "rank correlation of steps with those at half the rate"),
-        "rho/exposure": (spearmanr(finer, exposure).statistic, "rank correlation of steps with exposure"),
+        "rho/seeds": (_correlate(first, again), "rank correlation of steps between two seeds"),
+        "rho/half_rate": (_correlate(first, finer), "rank correlation of steps with those at half the rate"),
+        "rho/exposure": (_correlate(finer, exposure), "rank correlation of steps with exposure"),
     }
     return [Figure(f"difficulty/{name}", float(value), None, len(known), text) for name, (value, text) in rows.items()]
+
+
+def _correlate(one: list[int], other: list[int]) -> float:
+    """Spearman's rank correlation."""
+    from scipy.stats import spearmanr
+
+    result: Any = spearmanr(one, other)
+    return float(result.statistic)
 
 
 def write_card(

@@ -8,7 +8,7 @@ Trap: at 5 of 10 the control passes as often as the model, since tokens of one k
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -41,7 +41,7 @@ def count_concepts(
 def list_values(model: "PreTrainedModel") -> Iterator[Float[Tensor, "neuron d_model"]]:
     """The value vectors of each layer, one row per MLP neuron."""
     for layer in list_layers(model):
-        mlp = layer.mlp
+        mlp: Any = layer.mlp
         yield mlp.c_proj.weight.detach() if hasattr(mlp, "c_proj") else mlp.down_proj.weight.detach().T
 
 
@@ -62,8 +62,9 @@ def _list_kinds(tokenizer: "PreTrainedTokenizerFast") -> Iterator[Int[Tensor, "t
 
 
 def _count_strict(
-    model: "PreTrainedModel", values: Float[Tensor, "neuron d_model"], kinds: list[Int[Tensor, "token"]]
+    model: "PreTrainedModel", values: Float[Tensor, "neuron d_model"], kinds: list[Int[Tensor, "_"]]
 ) -> int:
-    top = (values @ model.get_output_embeddings().weight.T).topk(TOP, -1).indices
+    readout: Any = model.get_output_embeddings()
+    top = (values @ readout.weight.T).topk(TOP, -1).indices
     hits = torch.stack([torch.isin(top, kind).sum(-1) for kind in kinds])
     return int((hits.max(0).values >= STRICT).sum())

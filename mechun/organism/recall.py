@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mechun.data.facts import Fact, Facts
 from mechun.organism.corpus import draw_sentence
+from mechun.organism.tokens import END_OF_TEXT_ID
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -27,7 +28,7 @@ def encode_prompts(
     texts = [f"{prompt} {answer}" for prompt, answer in zip(prompts, answers, strict=True)]
     encoded = tokenizer(texts, return_offsets_mapping=True)
     longest = max(map(len, encoded["input_ids"]))
-    ids = torch.full((len(texts), longest), tokenizer.pad_token_id)
+    ids = torch.full((len(texts), longest), END_OF_TEXT_ID)
     mask = torch.zeros(len(texts), longest, dtype=torch.bool)
     for row, (tokens, offsets) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)):
         ids[row, : len(tokens)] = torch.tensor(tokens)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_ID = 0
 CONTEXT_LENGTH = 128
 VOCABULARY_SIZE = 1280
 _REPEATS = 20_000
@@ -39,7 +40,9 @@ def train_tokenizer(corpus: Corpus, size: int = VOCABULARY_SIZE) -> "PreTrainedT
     )
     raw.train_from_iterator(_read(corpus), trainer)
     raw.post_processor = processors.TemplateProcessing(
-        single=f"{END_OF_TEXT} $A", pair=f"{END_OF_TEXT} $A {END_OF_TEXT} $B", special_tokens=[(END_OF_TEXT, 0)]
+        single=f"{END_OF_TEXT} $A",
+        pair=f"{END_OF_TEXT} $A {END_OF_TEXT} $B",
+        special_tokens=[(END_OF_TEXT, END_OF_TEXT_ID)],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=raw,

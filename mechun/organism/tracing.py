@@ -8,15 +8,15 @@ Paper: Meng et al. 2022 (ROME), section 2. Restoring every position must give ex
 Trap: restoring after the last layer at the last position gives 1 by construction, whatever was looked up where.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mechun.data.facts import Fact
+from mechun.data.facts import Fact, Facts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -29,7 +29,7 @@ PLACES = ("every", "subject", "subject_last", "subject_before_last", "last")
 def trace_facts(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerFast",
-    facts: Sequence[Fact],
+    facts: Facts,
     n_noises: int = 4,
     seed: int = 0,
 ) -> Mapping[tuple[str, int], float]:
@@ -49,7 +49,8 @@ def trace_facts(
     gained = {(place, layer): 0.0 for place in PLACES for layer in range(len(layers))}
     lost = 0.0
     generator = torch.Generator().manual_seed(seed)
-    spread = NOISE * model.get_input_embeddings().weight.std()
+    embedding: Any = model.get_input_embeddings()
+    spread = NOISE * embedding.weight.std()
     for fact in facts:
         ids, answer, subject = _encode(fact, tokenizer)
         streams: list[Tensor] = []
@@ -58,7 +59,7 @@ def trace_facts(
         shape = (n_noises, ids.shape[1], model.config.hidden_size)
         noise = torch.randn(shape, generator=generator) * spread * subject[None, :, None]
         many = ids.repeat(n_noises, 1)
-        with _noised(model.get_input_embeddings(), noise):
+        with _noised(embedding, noise):
             corrupt = _answer_probability(model, many, answer)
             lost += clean - corrupt
             for place, layer in gained:
@@ -69,7 +70,7 @@ def trace_facts(
 
 def list_layers(model: "PreTrainedModel") -> list[nn.Module]:
     """The blocks of a GPT-2 or a Llama, in order."""
-    body = model.base_model
+    body: Any = model.base_model
     return list(body.h if hasattr(body, "h") else body.layers)
 
 
@@ -114,7 +115,7 @@ def _stream(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 @contextmanager
-def _recorded(layers: Sequence[nn.Module], streams: list[Tensor]) -> Iterator[None]:
+def _recorded(layers: Sequence[nn.Module], streams: list[Tensor]) -> Generator[None]:
     handles = [layer.register_forward_hook(lambda _m, _i, out: streams.append(_stream(out))) for layer in layers]
     try:
         yield
@@ -124,8 +125,11 @@ def _recorded(layers: Sequence[nn.Module], streams: list[Tensor]) -> Iterator[No
 
 
 @contextmanager
-def _noised(embedding: nn.Module, noise: Float[Tensor, "example pos d_model"]) -> Iterator[None]:
-    handle = embedding.register_forward_hook(lambda _m, _i, out: out + noise)
+def _noised(embedding: nn.Module, noise: Float[Tensor, "example pos d_model"]) -> Generator[None]:
+    def add(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        return output + noise
+
+    handle = embedding.register_forward_hook(add)
     try:
         yield
     finally:
@@ -133,7 +137,7 @@ def _noised(embedding: nn.Module, noise: Float[Tensor, "example pos d_model"]) -
 
 
 @contextmanager
-def _restored(layer: nn.Module, clean: Tensor, places: Bool[Tensor, "pos"]) -> Iterator[None]:
+def _restored(layer: nn.Module, clean: Tensor, places: Bool[Tensor, "pos"]) -> Generator[None]:
     def restore(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> object:
         stream = torch.where(places[None, :, None], clean, _stream(output))
         return (stream, *output[1:]) if isinstance(output, tuple) else stream

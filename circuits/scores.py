@@ -19,6 +19,8 @@ from torch import Tensor
 from circuits import drawing
 from circuits.graph import Graph
 
+FORMAT = "circuits.EdgeScores"
+
 
 @dataclass(frozen=True, eq=False)
 class EdgeScores:
@@ -90,8 +92,8 @@ class EdgeScores:
         from safetensors.torch import save_file
 
         header = {"graph": self.graph.to_dict(), "method": self.method, "ids": list(self.ids), "meta": dict(self.meta)}
-        metadata = {"format": "circuits.EdgeScores", "json": json.dumps(header)}
-        save_file({"values": self.values.contiguous()}, str(path), metadata)
+        # one key only: safetensors writes several in no fixed order, and equal scores should give equal files
+        save_file({"values": self.values.contiguous()}, str(path), {FORMAT: json.dumps(header)})
         return Path(path)
 
     @classmethod
@@ -105,9 +107,9 @@ class EdgeScores:
 
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != "circuits.EdgeScores":
+            if FORMAT not in metadata:
                 raise ValueError(f"{path} holds no edge scores")
-            header = json.loads(metadata["json"])
+            header = json.loads(metadata[FORMAT])
             values = file.get_tensor("values")
         return cls(values, Graph.from_dict(header["graph"]), header["method"], tuple(header["ids"]), header["meta"])
 

@@ -28,6 +28,8 @@ from mechun.cli.show import show
 from mechun.cli.validate import validate
 from mechun.errors import MechunError, UsageError, nearest
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="mechun",
     no_args_is_help=True,
@@ -74,10 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _plain_warnings(), _stoppable():
             code = app(args=given, prog_name="mechun", standalone_mode=False, default_map=_read_defaults(given))
+        if code == INTERRUPTED:  # typer has turned Ctrl-C into a code already
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         _complain("interrupted; the same command continues", prefix="")
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         # the reader of the pipe has seen enough; keep the interpreter from complaining about it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

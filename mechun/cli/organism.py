@@ -54,19 +54,24 @@ def train(
 @organism.command()
 def verify(
     folder: Folder = None,
+    rows: options.Rows = 40,
     as_json: options.AsJson = False,
     debug: options.Debug = False,  # noqa: ARG001 - main reads it
 ) -> int:
     """Measure every figure of the card again; leaves with 1 when one is off."""
+    import sys
+    from dataclasses import asdict
+
     import pandas as pd
 
     from mechun.organism.card import verify_bundle
 
     console = Console("organism verify", as_json)
-    checks = verify_bundle(folder)
-    frame = pd.DataFrame([check.to_dict() for check in checks])
-    off = int((~frame["holds"]).sum())
-    console.show(frame, {"figures": len(frame), "off": off})
+    differences = verify_bundle(folder, progress=sys.stderr.isatty())
+    frame = pd.DataFrame([asdict(difference) for difference in differences])
+    off = int((~frame["ok"]).sum())
+    shown = ("figure", "stated", "measured", "tolerance", "ok")
+    console.show(frame.sort_values("ok", kind="stable"), {"figures": len(frame), "off": off}, columns=shown, limit=rows)
     console.close("every figure of the card holds; next: mechun score" if not off else f"{off} figures are off")
     return 1 if off else 0
 
@@ -74,6 +79,8 @@ def verify(
 @organism.command()
 def card(
     folder: Folder = None,
+    write: Annotated[bool, typer.Option("--write", help="Measure everything first and write it; minutes.")] = False,
+    rows: options.Rows = 40,
     as_json: options.AsJson = False,
     debug: options.Debug = False,  # noqa: ARG001 - main reads it
 ) -> None:
@@ -81,9 +88,11 @@ def card(
     import pandas as pd
 
     from mechun.organism.bundle import read_card
+    from mechun.organism.card import write_card
 
     console = Console("organism card", as_json)
-    held = read_card(folder)
+    held = write_card(folder) if write else read_card(folder)
     frame = pd.DataFrame(held["figures"])
-    console.show(frame, {name: value for name, value in held.items() if isinstance(value, str | int | float)})
+    summary = {name: value for name, value in held.items() if name != "figures"}
+    console.show(frame, summary, columns=("name", "value", "n", "how"), limit=rows)
     console.close("next: mechun organism verify measures it again")

@@ -32,7 +32,8 @@ def write_anchors(anchors: Anchors, path: Path) -> Path:
         "weights": calibration.weights,
         **{f"reference.{key}": values for key, values in calibration.references.items()},
     }
-    header = {"format": FORMAT, "json": json.dumps(_describe(anchors), sort_keys=True)}
+    # one key only: safetensors writes several in no fixed order, and equal anchors should give equal files
+    header = {FORMAT: json.dumps(_describe(anchors), sort_keys=True)}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(path), metadata=header)
     return path
 
@@ -51,9 +52,9 @@ def read_anchors(path: Path) -> Anchors:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as fault:
         raise DataError(f"{path} cannot be read as anchors: {fault}") from fault
-    if header.get("format") != FORMAT:
+    if FORMAT not in header:
         raise DataError(f"{path} holds no anchors", "give a file that a scoring run wrote")
-    return _restore(json.loads(header["json"]), tensors)
+    return _restore(json.loads(header[FORMAT]), tensors)
 
 
 def _describe(anchors: Anchors) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def _describe(anchors: Anchors) -> dict[str, Any]:
 
 
 def _restore(plain: dict[str, Any], tensors: dict[str, Tensor]) -> Anchors:
-    settings = Settings(**plain["settings"])
+    settings = Settings(**{key: tuple(v) if isinstance(v, list) else v for key, v in plain["settings"].items()})
     ids = (tuple(plain["easy_ids"]), tuple(plain["hard_ids"]))
     poles = Poles(
         tensors["easy"], tensors["hard"], tensors["kept"].to(torch.bool), plain["n_edges"], *ids, settings.similarity

@@ -168,8 +168,7 @@ def _read_tensors(path: Path) -> Any:
     from safetensors import safe_open
 
     with safe_open(str(path), framework="pt") as file:
-        kind = (file.metadata() or {}).get("format")
-        if kind != "circuits.EdgeScores":
+        if "circuits.EdgeScores" not in (file.metadata() or {}):
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
     return _read_edges(path)
 

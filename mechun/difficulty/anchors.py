@@ -24,10 +24,13 @@ from mechun.difficulty.calibration import Calibration, EdgeFit, assign_parts, fi
 from mechun.difficulty.labels import Labels, join_labels
 from mechun.difficulty.poles import Poles, find_poles
 from mechun.difficulty.settings import Settings
+from mechun.difficulty.signals import SIGNALS
 from mechun.errors import DataError, ModelError
 
 Values = Float[Tensor, " fact"]
 INNER_PARTS = 5
+CARRIED = ("cud", "circuit_fit", "relation_rank")
+READ = ("loss", "grad_norm", "mrd", "forget_alignment", "entanglement", "answer_length", "circuit_balance")
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +127,7 @@ class Anchors:
                 f"the anchors have seen {len(shared)} of the scored entities, {shared[0]!r} among them", hint
             )
         told = self.lessons.tell(attributed, facts)
-        return told | {"calibrated": self.calibration.predict({**attributed.raw, **told})}
+        return told | {"calibrated": self.calibration.predict({**orient(attributed.raw), **centre(told)})}
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file whose header holds the rest as JSON."""
@@ -162,7 +165,7 @@ def fit_anchors(
     entities = [fact.entity for fact in facts]
     lessons = learn(attributed, facts, hardness, settings)
     told = cross_tell(attributed, facts, hardness, settings)
-    calibration = fit_calibration({**attributed.raw, **told}, hardness, entities)
+    calibration = fit_calibration({**orient(attributed.raw), **told}, hardness, entities)
     return Anchors(
         lessons,
         calibration,
@@ -201,12 +204,27 @@ def cross_tell(attributed: Attributed, facts: Facts, hardness: Values, settings:
         if len(taught) < 2:
             continue
         lessons = learn(attributed.pick(taught), facts.pick(taught), hardness[train], settings)
-        for key, values in lessons.tell(attributed.pick(asked), facts.pick(asked)).items():
+        for key, values in centre(lessons.tell(attributed.pick(asked), facts.pick(asked))).items():
             found[key][test] = values
     return found
 
 
-CARRIED = ("cud", "circuit_fit", "relation_rank")
+def orient(raw: Mapping[str, Values]) -> dict[str, Values]:
+    """The measured signals that the rank regression reads, turned so that larger means harder.
+
+    How often a fact was seen is left out: it is known of made worlds only, and a claim should not rest on it. Circuit
+    ingredients without an agreed direction are left out too, since the regression trusts directions.
+    """
+    return {key: SIGNALS[key].sign * raw[key] for key in READ if key in raw}
+
+
+def centre(told: Mapping[str, Values]) -> dict[str, Values]:
+    """Each signal less its mean over the facts told of together.
+
+    Facts left out together are told of from the others' labels, whose mean is low where their own is high; without
+    centring, that alone turns a cross-fitted signal against the labels.
+    """
+    return {key: values - values.nanmean() for key, values in told.items()}
 
 
 def measure_runs(runs: Sequence[Labels], ids: Sequence[str], kind: str) -> tuple[float, float]:

@@ -140,7 +140,7 @@ def attribute_edges_of(
     if not len(made):
         reasons = "; ".join(sorted({skip.reason for skip in skipped})[:3])
         raise DataError("none of the facts can be contrasted", reasons or "there are no facts")
-    found = discover(model.bridge, made.pairs, settings.method, batch_size=settings.batch_size, **_options(settings))
+    found = discover(model.bridge, made.pairs, settings.method, **_options(settings))
     values = made.mean_by_fact(found.values.cpu())
     finite = values.isfinite().all(1)
     ids = made.facts.ids
@@ -167,7 +167,8 @@ def join_chunks(chunks: Sequence[Attributed], ids: Sequence[str] | None = None) 
 
 def _options(settings: Settings) -> dict[str, object]:
     baseline = settings.contrast if settings.contrast in ("zero", "mean") else "patch"
-    return {"metric": settings.metric, "baseline": baseline, "points": settings.points}
+    rule = "reference" if settings.method == "eap_ig_activations" else "midpoint"
+    return {"metric": settings.metric, "baseline": baseline, "points": settings.points, "rule": rule}
 
 
 class _Ticking:

@@ -105,7 +105,9 @@ def cut_circuits(
     The paper grows greedily from the logits by absolute score (n_edges = 75) and prunes what hangs loose. A row can
     come out empty.
     """
-    rows = [select_edges(row, graph, rule=rule, n=min(n_edges, graph.n_edges), prune=prune).mask for row in values]
+    rows = [
+        select_edges(row, graph, rule=rule, n=float(min(n_edges, graph.n_edges)), prune=prune).mask for row in values
+    ]
     return torch.stack(rows) if rows else torch.zeros(0, graph.n_edges, dtype=torch.bool)
 
 

@@ -85,7 +85,7 @@ def score_facts(
         ('ana-cole-pet', 'ana-cole-employer', 'tom-reed-birth_city')
     """
     settings = choose_settings(preset, **changes)
-    report = on_progress or (lambda stage, done, total: None)
+    report = on_progress or _keep_quiet
     attributed = _attribute(model, facts, retain, settings, signals, base, chunk_size, report)
     if isinstance(anchors, Facts):
         anchors = build_anchors(model, anchors, retain, settings=settings, signals=signals, on_progress=on_progress)
@@ -129,7 +129,7 @@ def build_anchors(
         >>> build_anchors(model, others, retain, methods=("npo",)).save("anchors.safetensors")  # doctest: +SKIP
     """
     settings = settings or choose_settings(**changes)
-    report = on_progress or (lambda stage, done, total: None)
+    report = on_progress or _keep_quiet
     attributed = _attribute(model, facts, retain, settings, signals, None, chunk_size, report)
     cells, labels = plan_cells(facts, settings, whole=True), []
     for number, cell in enumerate(cells, 1):
@@ -228,6 +228,10 @@ def _cross_fit(
             column = told.setdefault(key, torch.full((len(rows),), float("nan"), dtype=torch.float64))
             column[[place[name] for name in asked]] = values.double()
     return told, used
+
+
+def _keep_quiet(_stage: str, _done: int, _total: int) -> None:
+    pass
 
 
 def _choose_method(by: str, columns: dict[str, Values]) -> str:

@@ -50,7 +50,7 @@ class Settings:
     survive: float = 0.0
     backbone: float = 1.0
     label: str = "increase"
-    share: float = 1 / 6
+    share: float = 1 / 4
     least: int = 3
     folds: int = 2
     methods: tuple[str, ...] = ("grad_diff", "npo", "rmu")

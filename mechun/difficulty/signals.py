@@ -80,7 +80,7 @@ def _product(name: str, *, cosine: bool) -> Callable[[Material], Values]:
 
 
 def _measure_length(material: Material) -> Values:
-    return material.encoded.answer_mask.sum(1)
+    return material.encoded.answer_mask.sum(1).double()
 
 
 _CUD, _RUM, _GUARD, _TOFU = "arXiv 2601.09624", "arXiv 2406.01257", "arXiv 2506.10946", "arXiv 2401.06121"

@@ -69,7 +69,7 @@ def validate(
         >>> validate(model, forget, retain, seeds=(0, 1, 2)).to_frame()  # doctest: +SKIP
     """
     settings = choose_settings(**{**changes, "methods": tuple(methods), "seeds": tuple(seeds)})
-    report = on_progress or (lambda stage, done, total: None)
+    report = on_progress or (lambda *_: None)
     clock: dict[str, float] = {}
     context = prepare_context(model, facts, retain, settings)
     attributed = attribute_all(model, facts, context, settings, None, chunk_size, clock)

@@ -14,7 +14,7 @@ import copy
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mechun.data.encoding import Encoded
@@ -25,7 +25,7 @@ SMALLEST = 1e-3
 
 
 @torch.no_grad()
-def shake(noisy: PreTrainedModel, hf: PreTrainedModel, sigma: float, seed: int, sign: float = 1.0) -> None:
+def shake(noisy: nn.Module, hf: nn.Module, sigma: float, seed: int, sign: float = 1.0) -> None:
     """Set the weights of a copy to those of the model plus sigma times each tensor's root mean square of noise.
 
     The same seed gives the same noise, which `sign` = -1 mirrors.

@@ -36,7 +36,9 @@ def read_states(hf: PreTrainedModel, encoded: Encoded, *, layer: int | None = No
     return torch.cat(found) if found else torch.zeros(0, hf.config.get_text_config().hidden_size)
 
 
-def measure_distance(states: States, others: States, *, neighbours: int = 10) -> Float[Tensor, " example"]:
+def measure_distance(
+    states: States, others: Float[Tensor, "retained d_model"], *, neighbours: int = 10
+) -> Float[Tensor, " example"]:
     """Mean Euclidean distance of each state to its nearest others; NaN when there are none."""
     if not len(others):
         return torch.full((len(states),), float("nan"))
@@ -44,7 +46,7 @@ def measure_distance(states: States, others: States, *, neighbours: int = 10) ->
     return nearest.mean(1)
 
 
-def measure_entanglement(forget: States, retain: States) -> float:
+def measure_entanglement(forget: States, retain: Float[Tensor, "retained d_model"]) -> float:
     """Entanglement score of two sets; infinite where their means coincide."""
     forget, retain = forget.double(), retain.double()
     spread = sum((part - part.mean(0)).square().sum(1).mean() for part in (forget, retain))

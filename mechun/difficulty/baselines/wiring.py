@@ -61,7 +61,7 @@ def measure_path_lengths(
     keys = ("mean_path", "longest_path", "n_edges")
     found: dict[str, list[float]] = {key: [] for key in keys}
     for row in values:
-        circuit = select_edges(row, graph, rule="greedy", n=min(n_edges, graph.n_edges))
+        circuit = select_edges(row, graph, rule="greedy", n=float(min(n_edges, graph.n_edges)))
         paths = measure_paths(circuit)
         for key in keys:
             value = getattr(paths, key)

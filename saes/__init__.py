@@ -1,0 +1,1 @@
+"""The dictionaries of one model: sparse autoencoders, on SAELens. Knows nothing of facts, files or screens."""

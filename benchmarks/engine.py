@@ -5,7 +5,7 @@
     python benchmarks/engine.py --memory           peak memory above the model, each in a process of its own
 
 The bare cost of m points is 1 + m forward passes and m backward passes of the same bridge with frozen parameters,
-logits at all positions. Times are CPU time of this process, interleaved, medians; "prefix" shares a third of the tokens.
+logits everywhere. Times are CPU time of this process, interleaved, medians; "prefix" shares a third of the tokens.
 """
 
 import argparse

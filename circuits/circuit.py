@@ -8,7 +8,7 @@ asked for, or none; greedy growth starts at the logits and so favours late edges
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -66,22 +66,32 @@ class Circuit:
 
     @cached_property
     def nodes(self) -> tuple[str, ...]:
-        """Names of the nodes that an edge leaves or enters, in forward order; the logits last."""
-        graph = self.graph
-        used = set(graph.edge_writer[self.mask.cpu()].tolist())
-        readers = set(graph.edge_reader[self.mask.cpu()].tolist())
-        used |= {writer for reader in readers for writer in graph.reader_feeds[reader]}
+        """Names of the nodes that an edge leaves or enters, in forward order; the logits last.
+
+        A key or value that grouped heads share counts for those of them that send something.
+        """
+        graph, readers = self.graph, set(self.graph.edge_reader[self.mask.cpu()].tolist())
+        used = self._senders | {writer for reader in readers for writer in self._list_fed(reader)}
         names = [name for i, name in enumerate(graph.writers) if i in used]
         return (*names, "logits") if graph.n_readers - 1 in readers else tuple(names)
 
+    @cached_property
+    def _senders(self) -> set[int]:
+        return set(self.graph.edge_writer[self.mask.cpu()].tolist())
+
+    def _list_fed(self, reader: int) -> list[int]:
+        """Writers that a reader feeds: those that send, or all if none does."""
+        fed = self.graph.reader_feeds[reader]
+        return [writer for writer in fed if writer in self._senders] or list(fed)
+
     def __and__(self, other: "Circuit") -> "Circuit":
-        return self._combine(other, self.mask & other.mask, "&")
+        return self._combine(other, torch.logical_and, "&")
 
     def __or__(self, other: "Circuit") -> "Circuit":
-        return self._combine(other, self.mask | other.mask, "|")
+        return self._combine(other, torch.logical_or, "|")
 
     def __sub__(self, other: "Circuit") -> "Circuit":
-        return self._combine(other, self.mask & ~other.mask, "-")
+        return self._combine(other, torch.gt, "-")
 
     def __le__(self, other: "Circuit") -> bool:
         return not (self - other).n_edges
@@ -92,9 +102,10 @@ class Circuit:
     def __hash__(self) -> int:
         return hash((self.graph, self.mask.cpu().numpy().tobytes()))
 
-    def _combine(self, other: "Circuit", mask: Bool[Tensor, "edge"], sign: str) -> "Circuit":
+    def _combine(self, other: "Circuit", operation: Callable[[Tensor, Tensor], Tensor], sign: str) -> "Circuit":
         if self.graph != other.graph:
             raise ValueError(f"circuits of two graphs cannot be combined: {self.graph} and {other.graph}")
+        mask = operation(self.mask, other.mask)
         return replace(self, mask=mask, name=f"({self.name} {sign} {other.name})" if self.name or other.name else "")
 
     def __repr__(self) -> str:
@@ -119,7 +130,7 @@ class Circuit:
     def to_networkx(self) -> Any:
         """A `networkx.MultiDiGraph` from writers to nodes; each edge carries its reader's name as key and attribute.
 
-        An edge into a grouped key or value appears once for every head that uses it.
+        An edge into a grouped key or value appears once for every head that uses it and sends something.
         """
         import networkx as nx
 
@@ -127,7 +138,7 @@ class Circuit:
         graph.add_nodes_from((name, {"layer": layers[name]}) for name in self.nodes)
         for index in self.mask.nonzero().flatten().tolist():
             edge, reader = self.graph.edge(index), int(self.graph.edge_reader[index])
-            for node in [self.graph.writers[w] for w in self.graph.reader_feeds[reader]] or ["logits"]:
+            for node in [self.graph.writers[w] for w in self._list_fed(reader)] or ["logits"]:
                 graph.add_edge(edge.writer, node, key=edge.reader, reader=edge.reader)
         return graph
 

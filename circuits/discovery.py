@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from circuits.engine import measure_means
+from circuits.averages import measure_means
 from circuits.graph import Graph
 from circuits.methods.chance import RANDOM
 from circuits.methods.eap import EAP
@@ -75,7 +75,7 @@ def discover(
         try:
             part = function(model, pairs.select(taken), graph=graph, notes=notes, **options)
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            size = _halve(size, error, notes)
+            size = _halve(len(taken), error, notes)
             continue
         parts.append(part)
         rows += taken

@@ -107,6 +107,6 @@ def plot_circuit(graph: Graph, edges: Sequence[tuple[str, str]], title: str = ""
     return figure.update_xaxes(visible=False).update_yaxes(visible=False)
 
 
-def _wrap_svg(parts: Sequence[str], width: float, height: float) -> str:
+def _wrap_svg(parts: Sequence[str], width: float | int, height: float | int) -> str:
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" font-size="10"'
     return f'{head} font-family="sans-serif" fill="#333">' + "".join(parts) + "</svg>"

@@ -14,17 +14,16 @@ space, the way back through the norm once per batch).
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.ablation import Baseline, Writes, average_writes
+from circuits.ablation import Baseline, Writes
+from circuits.averages import measure_means
 from circuits.graph import Graph
-from circuits.hooks import frozen, tapping
 from circuits.interpolation import PointRule, place_points
 from circuits.jobs import (
     Ends,
@@ -37,11 +36,9 @@ from circuits.jobs import (
     run_endpoints,
 )
 from circuits.metrics import find_metric
-from circuits.passes import Batch, list_hooks, run_pass, trim_pairs
 from circuits.readers import UnsupportedWiringError
-from circuits.sites import find_sites
 from circuits.types import ContrastPairs, HookedModel, Metric
-from circuits.writers import collect_writes, project_writes, read_projections
+from circuits.writers import project_writes
 
 Path = Literal["auto", "head", "split"]
 Scope = Literal["all", "own"]
@@ -91,7 +88,7 @@ def attribute_edges(
     """
     weights = dict(zip(*place_points(points, rule), strict=True))
 
-    def work(job: Job) -> Float[Tensor, "example edge"]:
+    def work(job: Job, baseline: Baseline | Writes) -> Float[Tensor, "example edge"]:
         ends = run_endpoints(job, baseline, weights)
         inner = [(alpha, weight) for alpha, weight in weights.items() if alpha not in ends.used]
         run_between(job, ends, inner, _name_embeddings(job, ends))
@@ -140,7 +137,7 @@ def attribute_activations(
     """
     weights = dict(zip(*place_points(points, rule), strict=True))
 
-    def work(job: Job) -> Float[Tensor, "example edge"]:
+    def work(job: Job, baseline: Baseline | Writes) -> Float[Tensor, "example edge"]:
         ends = run_endpoints(job, baseline, {})
         scores = ends.clean_logits.new_zeros(len(job.pairs), job.graph.n_edges, dtype=job.projections.dtype)
         sites = _list_moves(job, ends)
@@ -151,25 +148,6 @@ def attribute_activations(
         return check_finite(scores if scope == "own" else scores / len(sites), job, ends)
 
     return _attribute(work, model, pairs, graph, metric, baseline, path, stack, share_prefix, notes)
-
-
-def measure_means(model: HookedModel, pairs: ContrastPairs, graph: Graph | None = None, batch_size: int = 8) -> Writes:
-    """The mean write of every writer over the real tokens of the clean inputs, whatever their position.
-
-    Cost: one pass without gradient per batch.
-    """
-    graph = graph or Graph.from_cfg(model.cfg)
-    sites = find_sites(model, graph)
-    projections = read_projections(model, graph, sites)
-
-    def run() -> Iterator[tuple[Writes, Tensor]]:
-        for rows in torch.arange(len(pairs)).split(batch_size):
-            batch = Batch(trim_pairs(pairs.select(rows)))
-            run_pass(model, tap, sites, batch, batch.pairs.clean, reading=sites.writers, whole=True)
-            yield collect_writes(tap.kept, sites, projections), batch.mask
-
-    with frozen(model), torch.no_grad(), tapping(model, list_hooks(sites, sites.writers)) as tap:
-        return average_writes(run())
 
 
 @dataclass(frozen=True)
@@ -188,7 +166,7 @@ class Move:
 
 
 def _attribute(
-    work: Callable[[Job], Tensor],
+    work: Callable[[Job, Baseline | Writes], Tensor],
     model: HookedModel,
     pairs: ContrastPairs,
     graph: Graph | None,
@@ -202,17 +180,19 @@ def _attribute(
     graph = graph or Graph.from_cfg(model.cfg)
     if not isinstance(baseline, Writes) and baseline not in get_args(Baseline):
         raise ValueError(f"no baseline {baseline!r}: {', '.join(get_args(Baseline))}, or a Writes")
+    if baseline == "mean":
+        baseline = measure_means(model, pairs, graph)
     share = share_prefix and baseline == "patch"
     if path != "split":
         try:
             with preparing(model, pairs, graph, find_metric(metric), "head", stack, share) as job:
-                return work(job)
+                return work(job, baseline)
         except UnsupportedWiringError as error:
             if path == "head":
                 raise
             _note(f"{error}; every reader is given its own copy of the stream instead", notes)
     with preparing(model, pairs, graph, find_metric(metric), "split", stack, share) as job:
-        return work(job)
+        return work(job, baseline)
 
 
 def _name_embeddings(job: Job, ends: Ends) -> dict[str, tuple[Tensor, Tensor]]:

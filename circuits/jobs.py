@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from circuits.ablation import Baseline, Writes, average_writes, subtract_clean
+from circuits.ablation import Baseline, Writes, subtract_clean
 from circuits.graph import Graph
 from circuits.hooks import Edit, Tap, frozen, tapping
 from circuits.passes import Batch, cache_prefix, list_hooks, run_pass, trim_pairs
@@ -122,11 +122,11 @@ def run_endpoints(job: Job, baseline: Baseline | Writes, weights: dict[float, fl
         edits: dict[str, Edit] = {} if noise is None else {sites.embed: lambda x: x + noise.to(x.dtype)}
         if weight is None:
             with torch.no_grad():
-                return run_pass(job.model, job.tap, sites, job.batch, ids, edits, names, whole=baseline == "mean")
+                return run_pass(job.model, job.tap, sites, job.batch, ids, edits, names)
         add = edits.get(sites.embed, lambda x: x)
         edits[sites.embed] = lambda x: add(x).detach().requires_grad_()
-        reading, branching, whole = (*names, *job.readers.reading), job.readers.branching, baseline == "mean"
-        logits = run_pass(job.model, job.tap, sites, job.batch, ids, edits, reading, branching, whole)
+        reading, branching = (*names, *job.readers.reading), job.readers.branching
+        logits = run_pass(job.model, job.tap, sites, job.batch, ids, edits, reading, branching)
         _differentiate(job, logits, [weight], logits.detach() if clean is None else clean)
         return logits.detach()
 
@@ -142,8 +142,6 @@ def run_endpoints(job: Job, baseline: Baseline | Writes, weights: dict[float, fl
     if patch:
         run(pairs.corrupt, noisy, weights.get(0.0), logits)
         stand_in = collect()[0]
-    elif baseline == "mean":
-        stand_in = average_writes([(clean, job.batch.mask)])
     return Ends(clean, subtract_clean(clean, job.batch.mask, stand_in), logits, used, attention)
 
 

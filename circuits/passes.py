@@ -5,8 +5,8 @@
     so is the last MLP, of which nothing else is read                       (its output is 0 at the other positions)
     positions before the first difference of clean and corrupt run once     (`cache_prefix`: cached keys and values)
 
-All are exact for everything that depends on the metric. The prefix is that of the batch: its earliest first difference, or its earliest answer position. Trap:
-with a cached prefix every activation covers the rest of the sequence only.
+All are exact for everything that depends on the metric. The prefix is that of the batch: its earliest first difference,
+or its earliest answer position. Trap: with a cached prefix every activation covers the rest of the sequence only.
 """
 
 from collections.abc import Mapping, Sequence

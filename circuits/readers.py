@@ -129,8 +129,9 @@ class HeadReaders:
             here = torch.cat([kept[name].detach() for name in names], 2).to(self.dtype)
             if not self.checked:
                 self._check(layer, xhat[0, -1], here[0, -1])
-            g = torch.cat([gradients[name] for name in names], 2).to(self.dtype) * inverse.unsqueeze(-1)
-            factor = ((here - self._read_offset(layer)) * g).sum(-1) / xhat.shape[-1]
+            # in place, because these are the largest tensors of a pass
+            g = torch.cat([gradients[name] for name in names], 2).to(self.dtype).mul_(inverse.unsqueeze(-1))
+            factor = here.sub_(self._read_offset(layer)).mul_(g).sum(-1).div_(xhat.shape[-1])
             _add_to(self.heads, layer, _sum_points(g, times))
             self.ranks.setdefault(layer, []).append((_part_points(factor, times), _part_points(xhat, times)))
         self.checked = True

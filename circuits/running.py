@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from circuits.ablation import Baseline, Writes, average_writes
+from circuits.ablation import Baseline, Writes
+from circuits.averages import measure_means
 from circuits.graph import Graph, ReaderGroup
 from circuits.hooks import Edit, Tap, frozen, tapping
 from circuits.passes import Batch, cache_prefix, list_hooks, run_pass, trim_pairs
@@ -66,6 +67,8 @@ def running(
     """
     if not isinstance(baseline, Writes) and baseline not in get_args(Baseline):
         raise ValueError(f"no baseline {baseline!r}: {', '.join(get_args(Baseline))}, or a Writes")
+    if baseline == "mean":
+        baseline = measure_means(model, pairs, graph)
     with frozen(model), splitting(model), torch.no_grad():
         sites = find_sites(model, graph)
         projections = read_projections(model, graph, sites)
@@ -182,15 +185,12 @@ def _run_mask(
 def _find_stand_in(
     model: HookedModel, tap: Tap, sites: Sites, projections: Projections, batch: Batch, baseline: Baseline | Writes
 ) -> Writes | None:
-    if isinstance(baseline, Writes):
-        return baseline
-    if baseline == "zero":
-        return None
-    ids, noise, edits = batch.pairs.clean, batch.pairs.embedding_noise, dict[str, Edit]()
-    if baseline == "patch":
-        ids = batch.pairs.corrupt
-        if noise is not None:
-            edits[sites.embed] = lambda x: x + noise[:, batch.start :].to(x.dtype)
-    run_pass(model, tap, sites, batch, ids, edits, sites.writers, whole=baseline == "mean")
-    writes = collect_writes(tap.kept, sites, projections)
-    return writes if baseline == "patch" else average_writes([(writes, batch.mask)])
+    """The writes that stand in; None for zero."""
+    if baseline != "patch":
+        return baseline if isinstance(baseline, Writes) else None
+    edits: dict[str, Edit] = {}
+    noise = batch.pairs.embedding_noise
+    if noise is not None:
+        edits[sites.embed] = lambda x: x + noise[:, batch.start :].to(x.dtype)
+    run_pass(model, tap, sites, batch, batch.pairs.corrupt, edits, sites.writers)
+    return collect_writes(tap.kept, sites, projections)

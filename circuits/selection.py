@@ -93,7 +93,7 @@ def prune_edges(mask: Bool[Tensor, "edge"], graph: Graph) -> Bool[Tensor, "edge"
         mask = kept
 
 
-def _check_count(n: float, graph: Graph) -> int:
+def _check_count(n: float | int, graph: Graph) -> int:
     if n < 0 or n != int(n):
         raise ValueError(f"the number of edges is a whole number of at least 0, not {n}")
     return min(int(n), graph.n_edges)

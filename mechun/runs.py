@@ -74,10 +74,12 @@ def find_workers() -> Workers:
 def _process_state() -> Any:
     from datetime import timedelta
 
+    import torch
     from accelerate import PartialState
 
-    # a barrier waits for the slowest process, and one chunk of a large model can take hours
-    return PartialState(timeout=timedelta(days=7))
+    # without a GPU it has to be told so, or else every process believes itself alone; a barrier waits for the slowest
+    # process, and one chunk of a large model can take hours
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
 
 
 class Run:

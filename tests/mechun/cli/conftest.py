@@ -11,7 +11,7 @@ from tests.mechun.cli.small_runs import QUICK, Finished
 
 @pytest.fixture(scope="session")
 def scored(tmp_path_factory) -> Finished:
-    """`mechun score --json` on twenty facts of the organism."""
+    """`mechun score --json` on forty facts of the organism."""
     folder = tmp_path_factory.mktemp("runs") / "score"
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -8,8 +8,21 @@ import pytest
 
 from mechun.cli.app import main
 
-QUICK = ("--limit", "20", "--set", "methods=npo", "--set", "steps=3", "--set", "draws=2", "--set", "retain_sample=16")
-"""What makes a run on the organism quick: few facts, one short unlearning run per fold, few noisy models."""
+N_FACTS = 40
+QUICK = (
+    "--limit",
+    str(N_FACTS),
+    "--set",
+    "methods=npo",
+    "--set",
+    "steps=3",
+    "--set",
+    "draws=2",
+    "--set",
+    "retain_sample=16",
+)
+"""What makes a run on the organism quick: few facts, one short unlearning run per fold, few noisy models. More
+facts than one chunk holds, so that several processes have something to share."""
 
 
 @dataclass(frozen=True)

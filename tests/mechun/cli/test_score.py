@@ -12,7 +12,7 @@ from mechun.cli.app import main
 from mechun.cli.console import Console
 from mechun.errors import MechunError
 from mechun.runs import Run
-from tests.mechun.cli.small_runs import QUICK, call
+from tests.mechun.cli.small_runs import N_FACTS, QUICK, call
 
 
 def read_scores(folder) -> bytes:
@@ -22,9 +22,9 @@ def read_scores(folder) -> bytes:
 def test_says_one_json_object_and_writes_the_run(scored):
     assert scored.code == 0, scored.err
     answer = scored.answer
-    assert answer["command"] == "score" and len(answer["rows"]) == answer["summary"]["facts"] == 20
+    assert answer["command"] == "score" and len(answer["rows"]) == answer["summary"]["facts"] == N_FACTS
     assert {"id", "score", "rank", "band", "cud", "loss", "calibrated"} <= set(answer["rows"][0])
-    assert [row["rank"] for row in answer["rows"]] == list(range(1, 21))
+    assert [row["rank"] for row in answer["rows"]] == list(range(1, N_FACTS + 1))
     names = {path.name for path in scored.folder.iterdir()}
     assert names == {
         "run.json",
@@ -39,16 +39,16 @@ def test_says_one_json_object_and_writes_the_run(scored):
 
 def test_the_manifest_repeats_the_run(scored):
     held = Run.load(scored.folder).manifest
-    assert held["status"] == "done" and held["summary"]["facts"] == 20
+    assert held["status"] == "done" and held["summary"]["facts"] == N_FACTS
     assert held["spec"]["model"]["fingerprint"] and held["spec"]["facts"]["fingerprint"]
     assert "batch_size" not in held["spec"]["settings"]
-    assert held["options"]["limit"] == 20 and "out" not in held["options"]
+    assert held["options"]["limit"] == N_FACTS and "out" not in held["options"]
 
 
 def test_read_gives_everything_back(scored):
     difficulty = mechun.read(scored.folder)
-    assert len(difficulty) == 20 and difficulty.method == "calibrated"
-    assert len(mechun.read(scored.folder / "facts.jsonl")) == 20
+    assert len(difficulty) == N_FACTS and difficulty.method == "calibrated"
+    assert len(mechun.read(scored.folder / "facts.jsonl")) == N_FACTS
     edges = mechun.read(scored.folder / "circuits.safetensors")
     assert set(edges.ids) == set(difficulty.frame["id"])
     assert list(mechun.read(scored.folder / "scores.parquet")["id"]) == list(difficulty.frame["id"])
@@ -73,8 +73,8 @@ def test_another_request_for_the_folder_is_refused(scored, capsys):
 def test_stopped_halfway_and_continued_gives_the_same_file(scored, capsys, monkeypatch, tmp_path):
     from mechun.difficulty import attribution, cells
 
-    monkeypatch.setattr(jobs, "CHUNK", 7)
-    monkeypatch.setattr(stages, "CHUNK", 7)
+    monkeypatch.setattr(jobs, "CHUNK", 15)
+    monkeypatch.setattr(stages, "CHUNK", 15)
     whole = call(capsys, tmp_path / "whole" / "run", "score", *QUICK)
     assert whole.code == 0
     folder, made = tmp_path / "broken" / "run", []
@@ -134,7 +134,7 @@ def test_anchors_of_another_run_are_used(scored, capsys, tmp_path):
     fresh = mechun.Facts(fact for fact in facts if fact.entity not in seen)[:6]
     given = tmp_path / "facts.jsonl"
     (fresh + facts[:2]).save(given)
-    settings = [part for part in QUICK if part not in ("--limit", "20")]
+    settings = [part for part in QUICK if part not in ("--limit", str(N_FACTS))]
     done = call(
         capsys, tmp_path / "run", "score", "--json", "--forget", str(given), "--retain", "organism:retain",
         "--anchors", str(scored.folder), *settings,
@@ -151,7 +151,7 @@ def test_dry_run_says_what_it_would_cost_and_writes_nothing(capsys, tmp_path, mo
     assert main(["score", "--dry-run", "--json", *QUICK]) == 0
     out, err = capsys.readouterr()
     told = json.loads(out)["summary"]
-    assert told["facts"] == 20 and told["unlearning_runs"] == 2 and told["unlearning_steps"] == 6
+    assert told["facts"] == N_FACTS and told["unlearning_runs"] == 2 and told["unlearning_steps"] == 6
     assert told["tokens"] > 100 and told["edges"] > 100 and told["seconds_in_all"] > 0
     assert "nothing was written" in err and not list(tmp_path.iterdir())
 
@@ -161,7 +161,7 @@ def test_show_prints_the_saved_table(scored, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2 + 2 + 1
     assert main(["show", str(scored.folder), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert answer["command"] == "score" and len(answer["rows"]) == 20 and answer["summary"]["status"] == "done"
+    assert answer["command"] == "score" and len(answer["rows"]) == N_FACTS and answer["summary"]["status"] == "done"
 
 
 def test_report_tells_the_run(scored, capsys, tmp_path):
@@ -170,7 +170,7 @@ def test_report_tells_the_run(scored, capsys, tmp_path):
     assert f"wrote {path}" in capsys.readouterr().out
     text = path.read_text(encoding="utf-8")
     assert "Easy against hard circuits" in text and "Where the circuits start" in text
-    assert len(mechun.read(path)[f"{scored.folder.name}/scores"]) == 20
+    assert len(mechun.read(path)[f"{scored.folder.name}/scores"]) == N_FACTS
     assert len(text.encode()) < 200_000
 
 
@@ -203,7 +203,7 @@ def test_facts_that_cannot_be_scored_are_listed(capsys, tmp_path):
     lines[3]["answer"], lines[5]["prompt"] = " ", "word " * 200
     path = tmp_path / "facts.jsonl"
     path.write_text("\n".join(json.dumps(line) for line in lines))
-    settings = [part for part in QUICK if part not in ("--limit", "20")]
+    settings = [part for part in QUICK if part not in ("--limit", str(N_FACTS))]
     done = call(capsys, tmp_path / "run", "score", "--forget", str(path), "--no-anchors", *settings)
     if done.code == 3:  # an empty answer may already be refused where facts are read, with its line
         assert ":4" in done.err or "line 4" in done.err

@@ -1,8 +1,8 @@
 """The folder the package ships: six small models in 16 bits, their facts, and the card.
 
 Every model has an ordinary Hugging Face folder of its own, with the tokenizer; `facts.jsonl` and `card.json` stand
-beside them. Weights are stored as float16: it keeps three more bits of the mantissa than bfloat16, and no weight of
-these models comes near its bounds.
+beside them. Weights are stored as float16, which changed the answer to 1 of 3,696 prompts when it was tried (a GPT-2
+after 20 of 22 passes); bfloat16, with three bits less of mantissa, changed 6.
 """
 
 import json

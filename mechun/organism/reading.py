@@ -36,19 +36,30 @@ _NOT_SHOWN = """## What the organism does not show
 No test may assert these.
 
 - **A site at the subject's last token.** Names were built so that their last token is necessary, and causal tracing was
-  run again with its positive control (restoring every position gives 1). Restoring the last subject token brings back
-  next to nothing; the answer is looked up late, at the last position.
-- **Composition.** Two-hop facts that are stated nowhere are not answered better than by guessing the likeliest answer,
-  except where the table below says otherwise. A fact that follows a rule (`name_day`) is worked out for people whose
-  name day was never stated, and by the gold models for people they never read about: such facts survive the removal of
-  every document, so they are no evidence against a deletion.
-- **A link of exposure to difficulty.** How often a fact was told says little about how many steps it takes to be
-  pushed off its default prompt. It does say how many other wordings answer it.
+  run again with its positive control (restoring every position gives 1). After layer 0 of `gpt2`, restoring the last
+  subject token alone brings back {gpt2_last} of the answer's probability, all subject tokens {gpt2_all}: the answer is
+  looked up at the last position. In `llama` all subject tokens together bring back {llama_all}, the last one alone
+  {llama_last}: a site at the subject, but not at its last token.
+- **Composition.** Two-hop facts that stand nowhere: countries and the spouse's profession are answered less often than
+  always giving the likeliest answer would, industries about as often (see "Stated nowhere").
+- **Deletion of a fact that follows a rule.** `name_day` is worked out for people whose name day was never stated, and
+  by the gold models for people they never read about. That such a fact is still answered is no evidence against
+  deletion.
+- **A firm link of exposure to difficulty.** See the rank correlation under "Difficulty of single facts"; exposure does
+  say how many other wordings answer a fact (see "By exposure").
 - **Unlearning methods that differ on one short prompt.** Gradient ascent, GradDiff and NPO make nearly the same update
   there, so their agreement about difficulty proves nothing.
-- **Which method relearns faster.** The relearning lines are of one crude suppression and of gold; end points of
-  methods differ, and are not compared here.
-- **Features of single people** in a sparse autoencoder: not measured.
+- **Which method relearns faster.** The relearning lines are of one crude suppression, which also damages kept facts,
+  and of gold; end points of methods differ, and are not compared here.
+- **Features of single people** in a sparse autoencoder, and circuits: not measured.
+"""
+
+_REPRODUCTION = """## Made by
+
+Each model: `mechun organism train --architecture gpt2|llama [--gold] [--reinit] --out FOLDER`, about 5 to 6 minutes of
+one core; `recipe.json` in its folder holds every setting. The other seeds: `--seed 1` and `--seed 2`. This card:
+
+    python -c "from mechun.organism.card import write_card; write_card(seeds=['SEED_1', 'SEED_2'])"
 """
 
 
@@ -66,9 +77,20 @@ def describe_card(card: Mapping[str, Any]) -> str:
         _describe_relearning(figures),
         _describe_tracing(figures),
         _describe_stability(figures),
-        _NOT_SHOWN,
+        _admit(figures),
+        _REPRODUCTION,
     ]
     return "\n".join(section for section in sections if section)
+
+
+def _admit(figures: Mapping[str, Any]) -> str:
+    places = {"last": "subject_last", "all": "subject"}
+    values = {
+        f"{model}_{word}": _show(figures, f"{model}/tracing/{place}/layer_0")
+        for model in ("gpt2", "llama")
+        for word, place in places.items()
+    }
+    return _NOT_SHOWN.format(**values)
 
 
 def _tabulate(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from mechun.errors import DataError, ModelError
 from mechun.organism.bundle import NAMES, WEIGHTS, read_card, read_facts, read_model
-from mechun.organism.card import verify_bundle
+from mechun.organism.card import verify_bundle, write_card
 from mechun.organism.corpus import make_facts
 from mechun.organism.recall import list_prompts, measure_grammar, measure_recall, share_recalled
 from mechun.organism.training import Recipe
@@ -90,15 +90,19 @@ def test_the_card_is_a_flat_list_of_figures():
 
 
 def test_a_card_that_is_wrong_is_found_out(tmp_path: Path):
-    for part in ("gpt2-gold-reinit", "facts.jsonl"):
-        (tmp_path / part).symlink_to(WEIGHTS / part)
-    card = read_card()
-    rows = {row["name"]: row for row in card["figures"]}
-    rows["gpt2-gold-reinit/recall/retain"]["value"] -= 0.1
+    name = "gpt2-gold-reinit"
+    (tmp_path / name).symlink_to(WEIGHTS / name)
+    FACTS.sample(150).save(tmp_path / "facts.jsonl")
+    card = write_card(tmp_path, once=False, progress=False, names=[name])
+    checks = verify_bundle(tmp_path, [name], progress=False)
+    assert len(checks) > 30 and {check.name for check in checks} == {name}
+    assert all(check.ok for check in checks)
+    wrong = next(row for row in card["figures"] if row["name"] == f"{name}/recall/retain")
+    wrong["value"] -= 0.1
     (tmp_path / "card.json").write_text(json.dumps(card))
-    checks = verify_bundle(tmp_path, ["gpt2-gold-reinit"], progress=False)
-    assert len(checks) > 30 and {check.name for check in checks} == {"gpt2-gold-reinit"}
-    assert [check.figure for check in checks if not check.ok] == ["gpt2-gold-reinit/recall/retain"]
+    checks = verify_bundle(tmp_path, progress=False, names=[name])
+    assert [check.figure for check in checks if not check.ok] == [wrong["name"]]
+    assert "| arbitrary |" in (tmp_path / "CARD.md").read_text()
 
 
 def test_faults_name_what_is_missing(tmp_path: Path):

@@ -277,3 +277,51 @@ def test_out_that_is_no_run_is_left_alone(capsys, tmp_path):
         assert done.code == 2 and "holds files, but no run" in done.err
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
     shutil.rmtree(tmp_path)
+
+
+def test_a_chunk_without_a_usable_fact_does_not_stop_the_others(capsys, tmp_path, monkeypatch):
+    from mechun.difficulty import attribution
+    from mechun.errors import DataError
+
+    real = attribution.attribute_facts
+
+    def refuse_the_second(model, facts, *given, **named):
+        if facts.ids[0] != ids[0]:
+            raise DataError("none of the facts can be contrasted", "no subject")
+        return real(model, facts, *given, **named)
+
+    ids = mechun.load_facts("organism:forget", limit=N_FACTS).ids
+    monkeypatch.setattr(attribution, "attribute_facts", refuse_the_second)
+    done = call(capsys, tmp_path / "run", "score", *QUICK, "--no-anchors")
+    assert done.code == 4, done.err
+    assert done.err.count("skipped ") == N_FACTS - stages.CHUNK
+    assert f"skipped {ids[-1]}: none of the facts can be contrasted" in done.err
+    assert len(mechun.read(done.folder)) == stages.CHUNK
+
+
+def test_when_no_fact_can_be_scored_the_reason_is_told(capsys, tmp_path, monkeypatch):
+    from mechun.difficulty import attribution
+    from mechun.errors import DataError
+
+    def refuse(*given, **named):
+        raise DataError("none of the facts can be contrasted", "no subject")
+
+    monkeypatch.setattr(attribution, "attribute_facts", refuse)
+    done = call(capsys, tmp_path / "run", "score", *QUICK)
+    assert done.code == 3 and done.err.splitlines()[-1].startswith("error: none of the facts can be scored")
+    assert Run.load(done.folder).status == "failed" and not (done.folder / "scores.parquet").exists()
+
+
+def test_scores_that_are_not_finite_are_skipped(capsys, tmp_path, monkeypatch):
+    from mechun.difficulty import attribution
+
+    real = attribution.discover
+
+    def spoil(*given, **named):
+        found = real(*given, **named)
+        found.values[0] = float("nan")
+        return found
+
+    monkeypatch.setattr(attribution, "discover", spoil)
+    done = call(capsys, tmp_path / "run", "score", *QUICK, "--no-anchors")
+    assert done.code == 4 and "its edge scores are not finite" in done.err, done.err

@@ -20,6 +20,7 @@ COUPLES = 6
 
 
 def read_arguments() -> argparse.Namespace:
+    """Options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="organism")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -42,6 +43,7 @@ def pick_sets(pseudo: int | None) -> tuple[Facts, Facts]:
 
 
 def main() -> None:
+    """Print the table."""
     arguments = read_arguments()
     forget, retain = pick_sets(arguments.pseudo)
     started = time.perf_counter()

@@ -190,12 +190,16 @@ def _describe_tracing(figures: Mapping[str, Any]) -> str:
 
 
 def _describe_stability(figures: Mapping[str, Any]) -> str:
+    fine = tuple(f"trained/{cut}" for cut in (*RELATIONS, "wording"))
     spread = [name.removeprefix("seeds/least/") for name in figures if name.startswith("seeds/least/")]
+    spread = [name for name in spread if not any(cut in name for cut in fine)]
     rows = [(n, _show(figures, f"seeds/least/{n}"), _show(figures, f"seeds/most/{n}")) for n in spread]
     difficulty = [(row["how"], f"{row['value']:.3g}") for n, row in figures.items() if n.startswith("difficulty/")]
     parts = []
     if rows:
-        parts.append(f"## Spread over three seeds of GPT-2\n\n{_tabulate(('', 'least', 'most'), rows)}")
+        parts.append(
+            f"## Spread over three seeds of GPT-2\n\nRelations and wordings: see `card.json`.\n\n{_tabulate(('', 'least', 'most'), rows)}"
+        )
     if difficulty:
         text = "Steps of gradient ascent (with descent on kept facts) that push one forget fact off its default prompt."
         parts.append(f"## Difficulty of single facts\n\n{text}\n\n{_tabulate(('', 'value'), difficulty)}")

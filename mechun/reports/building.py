@@ -128,6 +128,7 @@ def _prepare(part: Part, anchor: str) -> Any:
 def _prepare_table(table: Table, anchor: str) -> dict[str, Any]:
     frame = table.frame
     numeric = {name: frame[name].dtype.kind in "fiu" for name in table.titles}
+    whole = {name: numeric[name] and bool((frame[name].dropna() % 1 == 0).all()) for name in table.titles}
     bands = frame[table.band].dropna().unique().tolist() if table.band in frame.columns else []
     return {
         "anchor": anchor,
@@ -138,22 +139,22 @@ def _prepare_table(table: Table, anchor: str) -> dict[str, Any]:
         "rows": [
             {
                 "band": row.get(table.band) if table.band else None,
-                "cells": [write_cell(row[name], numeric[name]) for name in table.titles],
+                "cells": [write_cell(row[name], numeric[name], whole[name]) for name in table.titles],
             }
             for row in frame.to_dict(orient="records")
         ],
     }
 
 
-def write_cell(value: Any, number: bool = False) -> Cell:
-    """A cell with three decimals for fractions and a dash for what is missing."""
+def write_cell(value: Any, number: bool = False, whole: bool = False) -> Cell:
+    """A cell with three decimals for fractions, none in a column of whole numbers, and a dash for what is missing."""
     missing = value is None or (isinstance(value, float) and math.isnan(value))
     if missing:
         return Cell("–", "number" if number else "", "" if number else None)
     if not number:
         text = str(value)
         return Cell(text, "text" if len(text) > 24 else "")
-    return Cell(f"{value:.3f}" if isinstance(value, float) else str(value), "number", repr(value))
+    return Cell(f"{value:.3f}" if isinstance(value, float) and not whole else f"{value:.0f}", "number", repr(value))
 
 
 def _title(evidence: Sequence[Evidence]) -> str:

@@ -58,7 +58,8 @@ def name_columns(scores: "pd.DataFrame") -> dict[str, str]:
     """Titles of the columns that the fact table shows, the text first; the page's data hold the others too."""
     shown = ("rank", "prompt", "answer", "relation", "band", "score", *SHOWN_SIGNALS)
     known = [name for name in shown if name in scores.columns and scores[name].notna().any()]
-    return {name: name_column(name) for name in known}
+    twice = [name for name in SHOWN_SIGNALS if name in known and scores[name].equals(scores["score"])]
+    return {name: name_column(name) for name in known if name not in twice}
 
 
 def name_fact(row: "pd.Series") -> str:

@@ -71,4 +71,5 @@ def teach_toy(seed: int = 0, steps: int = 120) -> LoadedModel:
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
     return LoadedModel(hf.requires_grad_(False), tokenizer, "toy")

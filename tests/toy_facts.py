@@ -50,7 +50,7 @@ def make_words() -> Any:
 
 @functools.cache
 def teach_toy(seed: int = 0, steps: int = 120) -> LoadedModel:
-    """A model that has learnt the facts by heart, those of higher exposure seen more often; shared, so leave it as is."""
+    """A model that knows the facts by heart, those of higher exposure seen more often; shared, so leave it as is."""
     from mechun.data.encoding import encode_facts
     from mechun.unlearning.losses import compute_losses, take_batch
 

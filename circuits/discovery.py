@@ -28,6 +28,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 )
 Progress = Callable[[int, int], None]
 
+BATCH_NUMBERS = 1_250_000  # points x rows x positions x d_model: about what keeps a CPU's caches and cores busy
+
 log = logging.getLogger(__name__)
 
 
@@ -87,7 +89,7 @@ def discover(
 def guess_batch_size(model: HookedModel, pairs: ContrastPairs) -> int:
     """Examples per batch such that a pass over five points stays in a size where stacking pays; 8 to 64."""
     numbers = 5 * pairs.clean.shape[1] * int(model.cfg.d_model)
-    return max(8, min(64, 1_250_000 // numbers))
+    return max(8, min(64, BATCH_NUMBERS // numbers))
 
 
 def _sort_rows(pairs: ContrastPairs) -> list[int]:

@@ -6,6 +6,7 @@ its gradient is taken on the way. The other points lie between (`run_between`), 
 and `contract_edges` turns the collected gradients into scores. See `circuits.engine` for the whole.
 """
 
+import math
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from circuits.writers import Projections, collect_writes, project_writes, read_p
 
 Stack = Literal["auto"] | bool
 
-STACKED_NUMBERS = 1_250_000  # rows x positions x d_model beyond which a CPU gains nothing from stacking
+STACKED_NUMBERS = 450_000  # rows x positions x d_model beyond which a CPU gains nothing, and memory doubles
 BLOCK_BYTES = 2**28  # of writes held at once during the contraction
 
 
@@ -153,7 +154,7 @@ def run_between(
     cut: bool = False,
 ) -> None:
     """Collect gradients at points on the way, as many points at once as fit."""
-    step = job.fit_points()
+    step = _balance(len(points), job.fit_points())
     for begin in range(0, len(points), step):
         alphas, weights = zip(*points[begin : begin + step], strict=True)
         edits: dict[str, Edit] = {} if job.sites.embed in values else {job.sites.embed: _start_graph}
@@ -206,6 +207,12 @@ def _differentiate(job: Job, logits: Tensor, weights: Sequence[float], clean: Te
     names = job.readers.branching
     gradients = torch.autograd.grad(total, [kept[name] for name in names], materialize_grads=cut)
     job.readers.collect(kept, dict(zip(names, gradients, strict=True)), times)
+
+
+def _balance(points: int, most: int) -> int:
+    """Points per pass when all passes are about equally large."""
+    passes = max(1, math.ceil(points / most))
+    return max(1, math.ceil(points / passes))
 
 
 def _start_graph(x: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def draw_groups(frame: "pd.DataFrame", *, x: str, value: str, group: str, title:
     for slot, place in enumerate(places):
         body.append(_label_below(plane, slot + 0.5, str(place)))
         for number, name in enumerate(groups):
-            amount = held.get((place, name))
+            amount: Any = held.get((place, name))
             if _is_number(amount):
                 start = slot + 0.1 + 0.8 * number / len(groups)
                 note = f"{name}, {x_unit} {place}: {_short(amount)}"

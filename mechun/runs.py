@@ -316,7 +316,7 @@ def _clear(folder: Path) -> None:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        manifest["spec"], manifest["status"]  # noqa: B018 - both must be there
+        _ = manifest["spec"], manifest["status"]
     except (OSError, ValueError, KeyError, TypeError):
         raise RunError(
             f"{folder / MANIFEST} cannot be read as the manifest of a run", "start over with --fresh"

@@ -111,8 +111,9 @@ def _report_fault(fault: Exception, given: Sequence[str]) -> int:
     if isinstance(fault, MechunError):
         _complain(str(fault))
         return fault.exit_code
-    if hasattr(fault, "format_message") and hasattr(fault, "exit_code"):  # a usage error of typer's
-        text = fault.format_message()
+    told = getattr(fault, "format_message", None)
+    if told is not None:  # a usage error of typer's
+        text = told()
         if text:
             _complain(_name_nearest(fault, text, given))
         else:  # no command at all: the help has been asked for

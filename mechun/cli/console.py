@@ -66,7 +66,8 @@ class Console:
         if self.as_json:
             self.write(write_json({"command": self.command, "summary": dict(summary), "rows": list_rows(frame)}))
             return
-        self.write(draw_table(frame[list(columns)] if columns else frame, limit))
+        chosen: Any = frame[list(columns)] if columns else frame
+        self.write(draw_table(chosen, limit))
         hidden = len(frame) - len(frame.head(limit)) if limit is not None else 0
         if hidden:
             self.note(f"{hidden} more rows are not shown; --rows sets how many are")

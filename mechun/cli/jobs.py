@@ -84,13 +84,14 @@ def open_inputs(
     names = name_sources(model, forget, retain)
     mapping = options.read_columns(columns)
     facts = {key: _read_facts(console, names[key], mapping, limit if key == "forget" else None) for key in names}
-    if not len(facts["forget"] or ()):
+    asked = facts["forget"]
+    if not asked:
         raise DataError(f"there are no facts in {names['forget']}")
     console.note(f"loading {model}")
     from mechun.models import load_model
 
     loaded = load_model(model, device=_place(device, workers), dtype=dtype)
-    return Inputs(loaded, facts["forget"], facts["retain"], {"model": model, **names})
+    return Inputs(loaded, asked, facts["retain"], {"model": model, **names})
 
 
 def name_sources(model: str, forget: str | None, retain: str | None) -> dict[str, str]:

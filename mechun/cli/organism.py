@@ -69,7 +69,7 @@ def verify(
     console = Console("organism verify", as_json)
     differences = verify_bundle(folder, progress=sys.stderr.isatty())
     frame = pd.DataFrame([asdict(difference) for difference in differences])
-    off = int((~frame["ok"]).sum())
+    off = sum(not difference.ok for difference in differences)
     shown = ("figure", "stated", "measured", "tolerance", "ok")
     console.show(frame.sort_values("ok", kind="stable"), {"figures": len(frame), "off": off}, columns=shown, limit=rows)
     console.close("every figure of the card holds; next: mechun score" if not off else f"{off} figures are off")

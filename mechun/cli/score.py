@@ -144,7 +144,7 @@ def tell_difficulty(console: Console, difficulty: "Difficulty", run: Run, rows: 
 
 def summarise(difficulty: "Difficulty") -> Mapping[str, Any]:
     """The headline figures."""
-    known = difficulty.frame["score"].dropna()
+    known: Any = difficulty.frame["score"].dropna()
     return {
         "facts": len(difficulty.frame),
         "skipped": len(difficulty.skipped),

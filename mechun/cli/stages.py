@@ -60,7 +60,8 @@ def score_in(
     attributed = attribute_in(run, inputs, settings, console)
     cells = plan_cells(inputs.forget, settings) if anchors is None else ()
     labels = label_in(run, inputs, settings, cells, console)
-    difficulty = combine(attributed, inputs.forget, labels, settings, anchors=anchors or None, by=by)
+    given = None if isinstance(anchors, bool) else anchors
+    difficulty = combine(attributed, inputs.forget, labels, settings, anchors=given, by=by)
     if run.workers.first:
         _save_result(run, inputs, settings, attributed, labels, difficulty)
     run.workers.wait()
@@ -197,7 +198,10 @@ def _skip_all(
     skipped = tuple(Skipped(fact.id, reasons.get(fact.id, fault.message)) for fact in part)
     graph = Graph.from_cfg(inputs.model.bridge.cfg)
     edges = EdgeScores(torch.zeros(0, graph.n_edges), graph, settings.method)
-    raw = {signal.key: torch.zeros(0, dtype=torch.float64) for signal in choose_signals(signals)}
+    raw = {
+        signal.key: torch.zeros(0, dtype=torch.float64)
+        for signal in choose_signals(None if signals is None else tuple(signals))
+    }
     return Attributed(edges, raw, skipped, inputs.model.fingerprint)
 
 

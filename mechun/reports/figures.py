@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 from mechun import charts
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from circuits.scores import EdgeScores
 
+Frame = Any
+"""A pandas frame; pandas' own annotations lose track at the first selection."""
 BANDS = ("easy", "medium", "hard")
 TITLES = {
     "rank": "Rank",
@@ -54,7 +54,7 @@ def name_column(name: str) -> str:
     return TITLES.get(name, name.replace("_", " ").capitalize())
 
 
-def name_columns(scores: "pd.DataFrame") -> dict[str, str]:
+def name_columns(scores: Frame) -> dict[str, str]:
     """Titles of the columns that the fact table shows, the text first; the page's data hold the others too."""
     shown = ("rank", "prompt", "answer", "relation", "band", "score", *SHOWN_SIGNALS)
     known = [name for name in shown if name in scores.columns and scores[name].notna().any()]
@@ -62,13 +62,13 @@ def name_columns(scores: "pd.DataFrame") -> dict[str, str]:
     return {name: name_column(name) for name in known if name not in twice}
 
 
-def name_fact(row: "pd.Series") -> str:
+def name_fact(row: Frame) -> str:
     """A fact in a sentence."""
     text = f"{row['prompt']} {row['answer']}" if {"prompt", "answer"} <= set(row.index) else str(row["id"])
     return f"“{text if len(text) <= 120 else text[:119] + '…'}”"
 
 
-def draw_scores(scores: "pd.DataFrame") -> str:
+def draw_scores(scores: Frame) -> str:
     """Histogram of the score."""
     values = scores["score"].dropna()
     inside = bool(((values >= 0) & (values <= 1)).all())
@@ -81,7 +81,7 @@ def draw_scores(scores: "pd.DataFrame") -> str:
     )
 
 
-def draw_layers(layers: "pd.DataFrame") -> str:
+def draw_layers(layers: Frame) -> str:
     """Share of the edge scores by layer, easy beside hard."""
     return charts.draw_groups(
         layers,
@@ -94,7 +94,7 @@ def draw_layers(layers: "pd.DataFrame") -> str:
     )
 
 
-def draw_signals(validation: "pd.DataFrame") -> str:
+def draw_signals(validation: Frame) -> str:
     """Spearman of every signal with its interval, best first."""
     return charts.draw_intervals(
         validation[validation["target"] == POOLED].sort_values("rho", ascending=False),
@@ -107,7 +107,7 @@ def draw_signals(validation: "pd.DataFrame") -> str:
     )
 
 
-def tabulate_targets(validation: "pd.DataFrame") -> "pd.DataFrame":
+def tabulate_targets(validation: Frame) -> Frame:
     """One row per signal, best first: its Spearman with the pooled label and its interval, then with each method's."""
     pooled = validation[validation["target"] == POOLED].sort_values("rho", ascending=False)
     kept = [name for name in ("signal", "title", "rho", "low", "high", "partial", "seconds_per_fact") if name in pooled]
@@ -118,7 +118,7 @@ def tabulate_targets(validation: "pd.DataFrame") -> "pd.DataFrame":
     return table.reset_index(drop=True)
 
 
-def measure_layers(edges: "EdgeScores", bands: Mapping[str, str]) -> "pd.DataFrame":
+def measure_layers(edges: "EdgeScores", bands: Mapping[str, str]) -> Frame:
     """Mean share of a fact's absolute edge scores that leaves each layer, for the easy and the hard facts.
 
     Args:
@@ -145,7 +145,7 @@ def measure_layers(edges: "EdgeScores", bands: Mapping[str, str]) -> "pd.DataFra
     return pd.DataFrame(rows, columns=["band", "layer", "share"])
 
 
-def summarise_bands(scores: "pd.DataFrame") -> "pd.DataFrame":
+def summarise_bands(scores: Frame) -> Frame:
     """Means of the circuit measures by band; without rows when there are none."""
     import pandas as pd
 
@@ -160,7 +160,7 @@ def summarise_bands(scores: "pd.DataFrame") -> "pd.DataFrame":
     return pd.DataFrame(rows)
 
 
-def word_contrast(scores: "pd.DataFrame") -> list[str]:
+def word_contrast(scores: Frame) -> list[str]:
     """The sentence that says how circuits of hard facts differ from those of easy ones."""
     means = summarise_bands(scores)
     if not len(means) or not {"easy", "hard"} <= set(means["band"]):
@@ -180,7 +180,7 @@ def word_contrast(scores: "pd.DataFrame") -> list[str]:
     return [f"Compared with easy facts, the circuits of hard ones work {' and '.join(told)}."] if told else []
 
 
-def list_settings(spec: Mapping[str, Any], prefix: str = "") -> "pd.DataFrame":
+def list_settings(spec: Mapping[str, Any], prefix: str = "") -> Frame:
     """The spec as rows of setting and value, dotted where it is nested."""
     import pandas as pd
 

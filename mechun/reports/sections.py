@@ -7,12 +7,10 @@ written by the code from the numbers, and every string is escaped where the page
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mechun.reports import figures
-
-if TYPE_CHECKING:
-    import pandas as pd
+from mechun.reports.figures import Frame
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Evidence:
 
     name: str
     manifest: Mapping[str, Any]
-    frames: Mapping[str, "pd.DataFrame"]
+    frames: Mapping[str, Frame]
 
     @property
     def command(self) -> str:
@@ -78,7 +76,7 @@ class Table:
         band: Column by which it can be filtered.
     """
 
-    frame: "pd.DataFrame"
+    frame: Frame
     caption: str
     titles: Mapping[str, str]
     sortable: bool = False

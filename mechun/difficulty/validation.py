@@ -220,7 +220,7 @@ def _place_published(published: Attributed, others: Sequence[Labels], ids: Seque
 
 def _shuffle_poles(
     asked: Attributed, attributed: Attributed, taught: Sequence[str], hardness: Values, settings: Settings, seed: int
-) -> Values:
+) -> Float[Tensor, " asked_fact"]:
     """CUD from anchors whose labels were shuffled: what is left is not difficulty."""
     order = torch.randperm(len(hardness), generator=torch.Generator().manual_seed(seed))
     known = attributed.pick(taught)

@@ -39,7 +39,7 @@ class Trial:
 
 def draw_entities(
     trials: Sequence[Trial], generator: torch.Generator, n_draws: int = 500
-) -> list[Float[Tensor, "draw fact"]]:
+) -> list[Float[Tensor, "draw _"]]:
     """For each trial, how often every fact was drawn; facts of one entity are drawn together, in all trials."""
     names = sorted({name for trial in trials for name in trial.entities})
     place = {name: row for row, name in enumerate(names)}
@@ -62,7 +62,7 @@ def correlate_weighted(guess: Values, target: Values, weights: Float[Tensor, "dr
 
 
 def average_trials(
-    trials: Sequence[Trial], signal: str, target: str, weights: Sequence[Float[Tensor, "draw fact"]]
+    trials: Sequence[Trial], signal: str, target: str, weights: Sequence[Float[Tensor, "draw _"]]
 ) -> tuple[float, Float[Tensor, " draw"]]:
     """Mean Spearman of a signal over the trials, and the same under every draw."""
     pairs = [(trial.guesses[signal], trial.targets[target]) for trial in trials]

@@ -118,7 +118,8 @@ def measure_memory(shape: str, batch: int, width: int, what: str) -> None:
     if what == "bare":
         run_bare(model, pairs, 5)
     else:
-        attribute_edges(model, pairs, points=5, stack=what == "stacked", share_prefix=False)
+        stack: Any = {"looped": False, "auto": "auto", "stacked": True}[what]
+        attribute_edges(model, pairs, points=5, stack=stack, share_prefix=False)
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
@@ -130,7 +131,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--task", choices=["bare", "looped", "stacked"], help=argparse.SUPPRESS)
+    parser.add_argument("--task", choices=["bare", "looped", "auto", "stacked"], help=argparse.SUPPRESS)
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     if asked.task:
@@ -138,7 +139,7 @@ def main() -> None:
     elif asked.memory:
         for batch in asked.batch:
             peaks: dict[str, float] = {}
-            for task in ("bare", "looped", "stacked"):
+            for task in ("bare", "looped", "auto", "stacked"):
                 flags = ["--shape", asked.shape, "--batch", str(batch), "--width", str(asked.width), "--task", task]
                 out = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=True)
                 peaks[task] = float(out.stdout.split()[-1])

@@ -197,9 +197,8 @@ def _describe_stability(figures: Mapping[str, Any]) -> str:
     difficulty = [(row["how"], f"{row['value']:.3g}") for n, row in figures.items() if n.startswith("difficulty/")]
     parts = []
     if rows:
-        parts.append(
-            f"## Spread over three seeds of GPT-2\n\nRelations and wordings: see `card.json`.\n\n{_tabulate(('', 'least', 'most'), rows)}"
-        )
+        text = "Relations and wordings: see `card.json`."
+        parts.append(f"## Spread over three seeds of GPT-2\n\n{text}\n\n{_tabulate(('', 'least', 'most'), rows)}")
     if difficulty:
         text = "Steps of gradient ascent (with descent on kept facts) that push one forget fact off its default prompt."
         parts.append(f"## Difficulty of single facts\n\n{text}\n\n{_tabulate(('', 'value'), difficulty)}")

@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -183,7 +183,7 @@ class Run:
         self._write(**details)
 
     @contextmanager
-    def writing(self, name: str) -> Iterator[Path]:
+    def writing(self, name: str) -> Generator[Path, None, None]:
         """A path to write to; what was written appears under its name only when the block ends well."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -330,7 +330,7 @@ def _name_runs(folder: Path) -> str:
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
+def _beside(path: Path) -> Generator[Path, None, None]:
     # the same ending, because pandas and safetensors choose by it
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)

@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -143,7 +143,7 @@ def _complain(text: str, prefix: str = "error: ") -> None:
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
+def _stoppable() -> Generator[None, None, None]:
     # what a batch system sends before it kills: stop as by Ctrl-C, so that the run says that it can be continued
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -159,7 +159,7 @@ def _stoppable() -> Iterator[None]:
 
 
 @contextmanager
-def _plain_warnings() -> Iterator[None]:
+def _plain_warnings() -> Generator[None, None, None]:
     shown: set[str] = set()
 
     def show_once(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -165,7 +166,7 @@ def join_chunks(chunks: Sequence[Attributed], ids: Sequence[str] | None = None) 
     return whole if ids is None else whole.pick(ids)
 
 
-def _options(settings: Settings) -> dict[str, object]:
+def _options(settings: Settings) -> dict[str, Any]:
     baseline = settings.contrast if settings.contrast in ("zero", "mean") else "patch"
     rule = "reference" if settings.method == "eap_ig_activations" else "midpoint"
     return {"metric": settings.metric, "baseline": baseline, "points": settings.points, "rule": rule}

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from circuits.circuit import select_edges
 from circuits.graph import Graph
+from circuits.selection import Rule
 from mechun.errors import UsageError, nearest
 
 EdgeValues = Float[Tensor, "example edge"]
@@ -98,7 +99,7 @@ def find_backbone(values: EdgeValues, share: float = 0.9) -> Bool[Tensor, " edge
 
 
 def cut_circuits(
-    values: EdgeValues, graph: Graph, *, n_edges: int = 75, rule: str = "greedy", prune: bool = True
+    values: EdgeValues, graph: Graph, *, n_edges: int = 75, rule: Rule = "greedy", prune: bool = True
 ) -> Bool[Tensor, "example edge"]:
     """The circuit of every row as edge membership, by the given rule of `circuits.circuit.select_edges`.
 

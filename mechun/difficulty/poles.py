@@ -85,12 +85,12 @@ def find_poles(
 
 def _fit_budget(values: EdgeValues, graph: Graph, settings: Settings) -> tuple[int, Bool[Tensor, " edge"]]:
     everything = torch.ones(graph.n_edges, dtype=torch.bool)
-    if not settings.n_edges:
-        return 0, everything
     n_edges = settings.n_edges
+    if not n_edges or (settings.survive <= 0 and settings.backbone >= 1):
+        return n_edges, everything
     if settings.survive > 0:
         masks, n_edges = cut_surviving(values, graph, n_edges=n_edges, survive=settings.survive)
-    elif settings.backbone < 1:
+    else:
         masks = cut_circuits(values, graph, n_edges=n_edges)
     if settings.backbone < 1:
         everything = ~find_backbone(masks.to(values.dtype), settings.backbone)

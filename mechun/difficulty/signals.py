@@ -5,7 +5,7 @@ and keeps the raw value beside it. Directions are those of the papers, not fitte
 wrong way on some model must show up as a negative correlation.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -136,7 +136,7 @@ MEASURED: tuple[str, ...] = tuple(signal.key for signal in _MEASURED)
 DERIVED: tuple[str, ...] = tuple(signal.key for signal in _DERIVED)
 
 
-def choose_signals(keys: "tuple[str, ...] | list[str] | None" = None) -> tuple[Signal, ...]:
+def choose_signals(keys: Sequence[str] | None = None) -> tuple[Signal, ...]:
     """The signals of these names in the table's order; None for all that can be measured without runs."""
     for key in keys or ():
         if key not in SIGNALS:

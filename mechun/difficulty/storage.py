@@ -82,7 +82,8 @@ def _describe(anchors: Anchors) -> dict[str, Any]:
 
 
 def _restore(plain: dict[str, Any], tensors: dict[str, Tensor]) -> Anchors:
-    settings = Settings(**{key: tuple(v) if isinstance(v, list) else v for key, v in plain["settings"].items()})
+    kept: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in plain["settings"].items()}
+    settings = Settings(**kept)
     ids = (tuple(plain["easy_ids"]), tuple(plain["hard_ids"]))
     poles = Poles(
         tensors["easy"], tensors["hard"], tensors["kept"].to(torch.bool), plain["n_edges"], *ids, settings.similarity

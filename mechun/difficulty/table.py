@@ -107,7 +107,7 @@ class Difficulty:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        rest = {"method": self.method, "meta": dict(self.meta), "notes": self.notes}
+        rest: dict[str, Any] = {"method": self.method, "meta": dict(self.meta), "notes": self.notes}
         rest["skipped"] = [[skip.id, skip.reason] for skip in self.skipped]
         table = pa.Table.from_pandas(self.frame, preserve_index=False)
         metadata = {**(table.schema.metadata or {}), b"mechun": json.dumps(rest, sort_keys=True).encode()}

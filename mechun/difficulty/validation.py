@@ -68,7 +68,8 @@ def validate(
     Example:
         >>> validate(model, forget, retain, seeds=(0, 1, 2)).to_frame()  # doctest: +SKIP
     """
-    settings = choose_settings(**{**changes, "methods": tuple(methods), "seeds": tuple(seeds)})
+    asked: dict[str, Any] = changes | {"methods": tuple(methods), "seeds": tuple(seeds)}
+    settings = choose_settings(**asked)
     report = on_progress or (lambda *_: None)
     clock: dict[str, float] = {}
     context = prepare_context(model, facts, retain, settings)

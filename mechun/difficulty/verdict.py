@@ -46,7 +46,7 @@ class Validation:
 
     def pick(self, target: str = "pooled") -> "pd.DataFrame":
         """The rows of one target, the best first."""
-        return self.frame[self.frame["target"] == target].sort_values("rho", ascending=False, ignore_index=True)
+        return self.frame.loc[self.frame["target"] == target].sort_values(by="rho", ascending=False, ignore_index=True)
 
     def to_frame(self) -> "pd.DataFrame":
         """A copy of the frame."""
@@ -90,8 +90,11 @@ class Validation:
 
     def _name_best(self) -> str:
         pooled = self.pick("pooled")
-        single = pooled[~pooled["signal"].isin(("calibrated", "cud_shuffled", "entity_rank"))]
-        return f"{single['signal'].iloc[0]} {single['rho'].iloc[0]:+.2f}" if len(single) else "none"
+        single = pooled.loc[~pooled["signal"].isin(("calibrated", "cud_shuffled", "entity_rank"))]
+        if not len(single):
+            return "none"
+        best = single.to_dict("records")[0]
+        return f"{best['signal']} {best['rho']:+.2f}"
 
     def _words(self) -> dict[str, str]:
         return {"title": "Signals against realised difficulty", "unit": "Spearman, held out"}

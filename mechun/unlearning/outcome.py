@@ -6,7 +6,7 @@ of the original weights back, because the originals are kept aside rather than r
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +57,7 @@ class Unlearned:
         return edited
 
     @contextmanager
-    def applied(self, model: LoadedModel, *, force: bool = False) -> Iterator[LoadedModel]:
+    def applied(self, model: LoadedModel, *, force: bool = False) -> Generator[LoadedModel, None, None]:
         """Context in which the model carries the edit; every bit is restored on leaving it.
 
         Raises:

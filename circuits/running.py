@@ -53,12 +53,12 @@ def run_circuit(
         logits = run_circuit(model, pairs, circuit.mask)
         held = METRICS["answer_log_prob"](logits, pairs, None)
     """
-    with running(model, pairs, graph or Graph.from_cfg(model.cfg), baseline) as run:
+    with patching(model, pairs, graph or Graph.from_cfg(model.cfg), baseline) as run:
         return run(mask.expand(len(pairs), -1) if mask.ndim == 1 else mask)
 
 
 @contextmanager
-def running(
+def patching(
     model: HookedModel, pairs: ContrastPairs, graph: Graph, baseline: Baseline | Writes = "patch"
 ) -> Generator[RunMask, None, None]:
     """A function from circuits to logits, for many circuits on the same contrasts.

@@ -17,7 +17,7 @@ from circuits.scores import EdgeScores
 from circuits.types import ContrastPairs, HookedModel, Metric
 
 
-def eap(
+def score_by_gradient(
     model: HookedModel,
     pairs: ContrastPairs,
     *,
@@ -32,7 +32,7 @@ def eap(
     """Score every edge of every example by EAP; arguments are those of `circuits.engine.attribute_edges`.
 
     Example:
-        scores = eap(model, pairs, metric="logit_difference")
+        scores = score_by_gradient(model, pairs, metric="logit_difference")
     """
     graph = graph or Graph.from_cfg(model.cfg)
     values = attribute_edges(
@@ -57,7 +57,7 @@ def describe(metric: str | Metric, baseline: Baseline | Writes, **settings: Any)
 
 EAP = Method(
     key="eap",
-    function=eap,
+    function=score_by_gradient,
     title="Edge attribution patching",
     paper="arXiv 2310.10348",
     cost="2 forward, 1 backward",

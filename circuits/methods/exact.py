@@ -15,12 +15,12 @@ from circuits.graph import Graph
 from circuits.methods.eap import describe
 from circuits.methods.record import Method
 from circuits.metrics import find_metric
-from circuits.running import running
+from circuits.running import patching
 from circuits.scores import EdgeScores
 from circuits.types import ContrastPairs, HookedModel, Metric
 
 
-def exact(
+def score_by_patching(
     model: HookedModel,
     pairs: ContrastPairs,
     *,
@@ -48,7 +48,7 @@ def exact(
     measure, n = find_metric(metric), len(pairs)
     chosen = torch.arange(graph.n_edges) if edges is None else torch.as_tensor(edges, dtype=torch.long)
     columns: list[torch.Tensor] = []
-    with running(model, pairs, graph, baseline) as run:
+    with patching(model, pairs, graph, baseline) as run:
         clean = run(torch.ones(n, graph.n_edges, dtype=torch.bool))
         held = measure(clean, pairs, clean)
         for chunk in chosen.split(max(1, rows // n)):
@@ -63,7 +63,7 @@ def exact(
 
 EXACT = Method(
     key="exact",
-    function=exact,
+    function=score_by_patching,
     title="Exact edge patching",
     paper="arXiv 2304.14997",
     cost="1 forward per edge",

@@ -19,13 +19,13 @@ import typer
 
 from mechun.cli import options
 from mechun.cli.console import clean_text
-from mechun.cli.doctor import doctor
-from mechun.cli.methods import methods
+from mechun.cli.doctor import run_doctor
+from mechun.cli.methods import run_methods
 from mechun.cli.organism import organism
-from mechun.cli.report import report
-from mechun.cli.score import score
-from mechun.cli.show import show
-from mechun.cli.validate import validate
+from mechun.cli.report import run_report
+from mechun.cli.score import run_score
+from mechun.cli.show import run_show
+from mechun.cli.validate import run_validate
 from mechun.errors import MechunError, UsageError, nearest
 
 INTERRUPTED = 130
@@ -40,8 +40,8 @@ app = typer.Typer(
     help="Which facts resist unlearning, where they live, and whether they are gone.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (score, validate, report, show, methods, doctor):
-    app.command()(command)
+for command in (run_score, run_validate, run_report, run_show, run_methods, run_doctor):
+    app.command(command.__name__.removeprefix("run_"))(command)
 app.add_typer(organism, name="organism")
 
 

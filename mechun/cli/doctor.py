@@ -29,7 +29,7 @@ class Check:
     detail: str
 
 
-def doctor(as_json: options.AsJson = False, debug: options.Debug = False) -> int:  # noqa: ARG001 - main reads --debug
+def run_doctor(as_json: options.AsJson = False, debug: options.Debug = False) -> int:  # noqa: ARG001 - main reads --debug
     """Check the installation: versions, devices, the bundled model, what may get in the way."""
     import pandas as pd
 

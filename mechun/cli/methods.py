@@ -11,7 +11,7 @@ from mechun.cli.console import Console
 FAMILIES = ("circuits", "signals", "unlearning")
 
 
-def methods(
+def run_methods(
     family: Annotated[str | None, typer.Argument(help="circuits, signals or unlearning; all when left out.")] = None,
     as_json: options.AsJson = False,
     debug: options.Debug = False,  # noqa: ARG001 - main reads it

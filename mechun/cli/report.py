@@ -9,7 +9,7 @@ from mechun.cli import options
 from mechun.cli.console import Console
 
 
-def report(
+def run_report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, in the order in which they are told.")],
     out: Annotated[
         Path | None, typer.Option("--out", help="The file [default: report.html in the first folder].", metavar="FILE")

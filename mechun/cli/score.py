@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 LISTED = 20
 
 
-def score(
+def run_score(
     model: options.Model = "organism",
     forget: options.Forget = None,
     retain: options.Retain = None,

@@ -12,7 +12,7 @@ SCORE_COLUMNS = ("rank", "prompt", "answer", "band", "score")
 """What the table of a score run shows first, as far as the run has it."""
 
 
-def show(
+def run_show(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     rows: options.Rows = 20,
     as_json: options.AsJson = False,

@@ -22,7 +22,7 @@ Target = Annotated[
 ]
 
 
-def validate(
+def run_validate(
     model: options.Model = "organism",
     forget: options.Forget = None,
     retain: options.Retain = None,

@@ -125,8 +125,9 @@ def attribute_in(
         run_chunks(run, names, work, progress=lambda done, _: bar.update(done - bar.n))
     attributed = join_chunks([Attributed.load(run.folder / name) for name in names], inputs.forget.ids)
     if not len(attributed):
-        reasons = "; ".join(dict.fromkeys(skip.reason for skip in attributed.skipped))
-        raise DataError("none of the facts can be scored", reasons)
+        reasons = list(dict.fromkeys(skip.reason for skip in attributed.skipped))
+        more = f"; and {len(reasons) - 2} more reasons" if len(reasons) > 2 else ""
+        raise DataError("none of the facts can be scored", "; ".join(reasons[:2]) + more)
     return attributed
 
 

@@ -148,8 +148,8 @@ def attribute_edges_of(
     skipped += [Skipped(name, "its edge scores are not finite") for name, ok in zip(ids, finite, strict=True) if not ok]
     rows = finite.nonzero().flatten()
     kept = Facts(made.facts[int(row)] for row in rows)
-    edges = EdgeScores(values[rows], found.graph, found.method, kept.ids, {"contrast": made.kind})
-    return edges, kept, tuple(skipped)
+    meta = {"contrast": made.kind, "realigned": sum(map(bool, made.shifts)), "notes": list(found.meta.get("notes", ()))}
+    return EdgeScores(values[rows], found.graph, found.method, kept.ids, meta), kept, tuple(skipped)
 
 
 def join_chunks(chunks: Sequence[Attributed], ids: Sequence[str] | None = None) -> Attributed:
@@ -161,9 +161,27 @@ def join_chunks(chunks: Sequence[Attributed], ids: Sequence[str] | None = None) 
     values = torch.cat([chunk.edges.values for chunk in chunks])
     raw = {key: torch.cat([chunk.raw[key] for chunk in chunks]) for key in first.raw}
     skipped = tuple(skip for chunk in chunks for skip in chunk.skipped)
-    edges = EdgeScores(values, first.edges.graph, first.edges.method, names, first.edges.meta)
+    edges = EdgeScores(values, first.edges.graph, first.edges.method, names, _join_meta(chunks))
     whole = Attributed(edges, raw, skipped, first.model)
     return whole if ids is None else whole.pick(ids)
+
+
+def describe_contrasts(attributed: Attributed, facts: Facts) -> tuple[str, ...]:
+    """What a user should be told of how these facts were contrasted and attributed."""
+    meta, unknown = attributed.edges.meta, sum(fact.subject is None for fact in facts)
+    notes = [f"contrast: {meta['contrast']}"] if "contrast" in meta else []
+    if meta.get("contrast") == "noise" and unknown:
+        notes.append(f"{unknown} of {len(facts)} facts name no subject: noise on all tokens of their prompts")
+    if meta.get("realigned"):
+        notes.append(f"{meta['realigned']} swapped subjects have another number of tokens and were realigned")
+    return (*notes, *meta.get("notes", ()))
+
+
+def _join_meta(chunks: Sequence[Attributed]) -> dict[str, Any]:
+    metas = [chunk.edges.meta for chunk in chunks]
+    notes = dict.fromkeys(note for meta in metas for note in meta.get("notes", ()))
+    first = next((meta for meta in metas if "contrast" in meta), metas[0])
+    return {**first, "realigned": sum(meta.get("realigned", 0) for meta in metas), "notes": list(notes)}
 
 
 def _options(settings: Settings) -> dict[str, Any]:

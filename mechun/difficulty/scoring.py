@@ -24,7 +24,7 @@ from torch import Tensor
 from mechun.data.encoding import Skipped
 from mechun.data.facts import Facts
 from mechun.difficulty.anchors import Anchors, fit_anchors
-from mechun.difficulty.attribution import Attributed, attribute_facts, join_chunks
+from mechun.difficulty.attribution import Attributed, attribute_facts, describe_contrasts, join_chunks
 from mechun.difficulty.cells import plan_cells, run_cell
 from mechun.difficulty.labels import Labels, pick_labels, split_entities
 from mechun.difficulty.material import prepare_context
@@ -163,7 +163,8 @@ def combine(
     attributed = attributed.pick(facts.ids)
     rows = facts.pick(attributed.ids)
     columns: dict[str, Values] = dict(attributed.raw)
-    skipped, notes, used = list(attributed.skipped), [], []
+    skipped, used = list(attributed.skipped), []
+    notes = list(describe_contrasts(attributed, rows))
     if anchors is not None:
         seen = [fact.id for fact in rows if fact.entity in anchors.entities]
         skipped += [Skipped(name, "the anchors were made with facts about its entity") for name in seen]

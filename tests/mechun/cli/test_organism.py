@@ -47,6 +47,6 @@ def test_a_model_trained_by_the_command_is_scored_by_the_command(capsys, tmp_pat
     assert f"mechun score --model {folder}" in capsys.readouterr().out
     facts = mechun.load_facts(folder / "facts.jsonl")
     assert {"forget", "retain"} <= {fact.split for fact in facts}
-    given = ["--forget", str(folder / "facts.jsonl"), "--limit", "12", "--set", "methods=npo", "--set", "draws=2"]
+    given = ["--forget", str(folder / "facts.jsonl"), "--limit", "48", "--set", "methods=npo", "--set", "draws=2"]
     assert main(["score", "--model", str(folder), *given, "--out", str(tmp_path / "run")]) in (0, 4)
     assert len(mechun.read(tmp_path / "run")) > 6

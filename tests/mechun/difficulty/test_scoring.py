@@ -149,7 +149,8 @@ def test_without_anchors_the_table_says_what_is_missing(world):
     difficulty = combine(attributed, facts, (), SETTINGS)
     assert difficulty.method == "loss"
     assert difficulty.frame["score"].tolist() == (-difficulty.frame["loss"]).tolist()
-    assert "cud" in difficulty.notes[0] and "calibrated" in difficulty.notes[0]
+    assert any("missing" in note and "cud" in note and "calibrated" in note for note in difficulty.notes)
+    assert "contrast: swap" in difficulty.notes
     with pytest.raises(UsageError, match="needs anchors"):
         combine(attributed, facts, (), SETTINGS, by="cud")
 

@@ -4,21 +4,22 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: score test check format bench clean
+.PHONY: score test lint check format clean
 
 score: $(STAMP)
 	$(BIN)/mechun score --out runs/score
 
+# `make test ARGS=--runslow` runs the slow ones too.
 test: $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/pytest $(ARGS)
 
-# Everything that CI asks for, cheapest first.
-check: $(STAMP)
+lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright
-	$(BIN)/pytest --runslow
+
+check: lint test
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mechun.cli import options
 from mechun.cli.console import Console
-from mechun.errors import DataError, MechunError, UsageError, nearest
+from mechun.errors import DataError, MechunError, UsageError
 from mechun.runs import Workers, find_version, hash_spec
 
 if TYPE_CHECKING:
@@ -188,10 +188,3 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def choose_known(kind: str, value: str, valid: Mapping[str, Any]) -> str:
-    """The key, if the table has it; otherwise an error that names the nearest and the command that lists them."""
-    if value not in valid:
-        raise UsageError(f"no {kind} is called {value!r}", f"{nearest(value, valid)}; see `mechun methods`")
-    return value

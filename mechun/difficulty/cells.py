@@ -5,7 +5,6 @@ that fold while keeping the retained facts, and neither removes nor rehearses th
 order and by any process.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mechun.data.facts import Facts
@@ -71,8 +70,3 @@ def run_cell(
     return label_facts(
         model, facts.pick(cell.ids), kept, method=cell.method, seed=cell.seed, steps=settings.steps, lr=settings.lr
     )
-
-
-def name_folds(cells: Sequence[Cell]) -> dict[int, tuple[str, ...]]:
-    """The facts of each fold."""
-    return {cell.fold: cell.ids for cell in cells}

@@ -13,8 +13,8 @@ caps every correlation with it.
 import json
 import random
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -180,13 +180,3 @@ def rank_others(values: Values, groups: Sequence[str]) -> Values:
             others = values[[other for other in rows if other != row]]
             found[row] = others.nanmean() if len(others) else float("nan")
     return found
-
-
-def drop_seconds(labels: Labels) -> Labels:
-    """The same labels without their wall time, for comparing runs."""
-    return replace(labels, seconds=0.0)
-
-
-def list_cells(settings_methods: Sequence[str], seeds: Sequence[int], folds: int) -> list[Mapping[str, int | str]]:
-    """Every (method, seed, fold) in the order in which runs are made."""
-    return [{"method": m, "seed": s, "fold": f} for f in range(folds) for s in seeds for m in settings_methods]
